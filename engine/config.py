@@ -1,0 +1,119 @@
+"""The Config struct: every setting, its meaning, its bounds and its default. A leaf.
+
+Order: defaults < TOML file < flags. "auto" (None here) is resolved into a new Config by whoever knows the model and the
+machine; nothing mutates a Config. Field names are the flags' names with underscores; where vLLM has the flag, name and
+meaning are vLLM's.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.types import UserError
+
+DeviceName = Literal["auto", "cpu"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one server or one embedded engine."""
+
+    model: Annotated[str, Meta(description="a model's folder (config.json, safetensors, tokenizer.json), a GGUF file, or a name that `pull` knows")] = "smollm2-135m-instruct"
+    served_model_name: Annotated[list[str], Meta(description="names the model answers to; the first is its id in replies (default: derived from the model)")] = []
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
+    api_key: Annotated[list[str], Meta(description="keys accepted as `Authorization: Bearer KEY`; none: no check")] = []
+    device: Annotated[DeviceName, Meta(description="where the model runs")] = "auto"
+    dtype: Annotated[DType, Meta(description="precision of weights, activations and KV cache; auto is float32 on cpu")] = "auto"
+    max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences a TE runs at once")] = 64
+    max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20, description="tokens a step computes at most")] = 1024
+    max_num_queued_reqs: Annotated[int, Meta(ge=0, description="requests held beyond what the TEs run; one more gets 429 with Retry-After")] = 512
+    block_size: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    tensor_parallel_size: Annotated[int, Meta(ge=1, description="devices that share one TE's model (1 for now)")] = 1
+    te: Annotated[int, Meta(ge=1, le=256, description="number of task executors")] = 1
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    async_scheduling: Annotated[bool, Meta(description="plan the next step while this one runs (--no-async-scheduling: the plain loop)")] = True
+    enable_prefix_caching: Annotated[bool, Meta(description="share KV blocks of equal prompt prefixes")] = True
+    chat_template: Annotated[str, Meta(description="a Jinja file, or the template itself, instead of the model's own")] = ""
+    shutdown_timeout: Annotated[float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")] = 60.0
+    stall_timeout: Annotated[float, Meta(gt=0, description="seconds without a finished step after which a busy TE counts as stuck: /health fails, then the TE is replaced")] = 120.0
+
+
+# Fields whose default is resolved later carry no bounds in their Optional wrapper that argparse could show; their help:
+AUTO_HELP = {
+    "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
+    "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu)",
+    "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",
+    "seed": "seed of everything random (default: from the system)",
+}
+
+SIZE_SUFFIX = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def field_help(name: str) -> str:
+    """The one-line meaning of a Config field."""
+    if name in AUTO_HELP:
+        return AUTO_HELP[name]
+    for f in msgspec.inspect.type_info(Config).fields:  # type: ignore[attr-defined]
+        if f.name == name:
+            extra = getattr(f.type, "extra_json_schema", None) or {}
+            return str(extra.get("description", ""))
+    raise KeyError(name)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `4G`, `512M`, `1.5GiB` or a plain number. Raises `UserError`."""
+    body = text.strip().lower().removesuffix("ib").removesuffix("b")
+    digits = body.rstrip("kmgt")
+    try:
+        return int(float(digits) * SIZE_SUFFIX[body[len(digits):]])
+    except (ValueError, KeyError):
+        raise UserError(f"{text!r} is not a size; write for example 4G or 512M") from None
+
+
+def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """`values` (text or TOML types) converted to the types of Config's fields.
+
+    Raises `UserError` naming the field, the origin and what would do.
+    """
+    out = {}
+    for name, value in values.items():
+        if name not in Config.__struct_fields__:
+            raise UserError(f"{origin}: there is no setting {name!r}; `deepserve.py config` lists them all", name)
+        if name in ("served_model_name", "api_key") and isinstance(value, str):
+            value = [value]
+        if name == "kv_cache_memory_bytes" and isinstance(value, str):
+            value = parse_size(value)
+        try:
+            one = msgspec.convert({name: value}, Config, strict=False)
+        except msgspec.ValidationError as e:
+            reason = str(e).split(" - at `")[0]
+            raise UserError(f"{origin}: {name.replace('_', '-')} = {value!r}: {reason}", name) from None
+        out[name] = getattr(one, name)
+    return out
+
+
+def resolve(flags: dict[str, Any], file: Path | None = None) -> tuple[Config, dict[str, str]]:
+    """The Config of defaults < file < flags, and for each field where its value came from."""
+    origin = dict.fromkeys(Config.__struct_fields__, "default")
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            table = tomllib.loads(file.read_text())
+        except OSError as e:
+            raise UserError(f"--config {file}: {e.strerror}", "config") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise UserError(f"--config {file}: not TOML: {e}", "config") from None
+        table = {k.replace("-", "_"): v for k, v in table.items()}
+        values |= from_values(table, str(file))
+        origin |= dict.fromkeys(table, f"file {file}")
+    values |= from_values(flags, "command line")
+    origin |= {k: f"flag --{k.replace('_', '-')}" for k in flags}
+    return Config(**values), origin

@@ -1,0 +1,181 @@
+"""The compiled helper: builds it, loads it and binds it. What it does is told at the top of each C file.
+
+Plain C behind ctypes, so that a machine with Python and a C compiler is enough; a machine that has the built library needs
+no compiler. The library's name carries a hash of all that went into it: one that exists is never out of date. Knows nothing
+of messages, tasks or devices.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from engine.types import UserError
+
+HERE = Path(__file__).parent
+SOURCES = ("ring.c", "fork.c")
+FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+COMPILERS = ("cc", "gcc", "clang")
+
+# name: (result, arguments). These return at once and keep the interpreter lock: giving it up costs more than they do.
+# Arguments None: called for every message, so ctypes converts nothing (0.1 us an argument otherwise). The caller passes
+# a c_void_p (or None), bytes, and ints of 32 bits, and nothing else.
+QUICK: dict[str, tuple[Any, list[Any] | None]] = {
+    "ds_ring_format": (c_int, [c_int, c_uint32]),
+    "ds_ring_size": (c_uint64, [c_uint32]),
+    "ds_ring_open": (c_int, [c_int, c_int, c_int, c_int, POINTER(c_void_p)]),
+    "ds_ring_close": (None, [c_void_p]),
+    "ds_ring_scratch": (None, [c_void_p, c_void_p, c_uint64, c_void_p, c_int]),
+    "ds_ring_capacity": (c_uint64, [c_void_p]),
+    "ds_ring_peer_closed": (c_int, [c_void_p]),
+    "ds_ring_beat": (None, None),
+    "ds_ring_last_beat": (c_uint64, [c_void_p]),
+    "ds_ring_push": (c_int, None),
+    "ds_ring_push_from": (c_int64, [c_void_p, c_char_p, c_uint64, c_uint64]),
+    "ds_ring_pop": (c_int, None),
+    "ds_ring_sleep": (c_int, None),
+    "ds_ring_wake": (None, None),
+    "ds_watch": (c_int, [c_int]),
+    "ds_set_name": (None, [c_char_p]),
+}
+# These wait, or read gigabytes: without the lock.
+SLOW: dict[str, tuple[Any, list[Any] | None]] = {
+    "ds_ring_wait": (c_int, [c_void_p, c_int64]),
+    "ds_checksum": (c_uint64, [c_void_p, c_uint64]),
+}
+
+
+class Library:
+    """The bound C functions, as attributes without their `ds_` prefix."""
+
+    ring_format: Callable[[int, int], int]
+    ring_size: Callable[[int], int]
+    ring_open: Callable[..., int]
+    ring_close: Callable[[c_void_p], None]
+    ring_scratch: Callable[[c_void_p, int, int, int, int], None]
+    ring_capacity: Callable[[c_void_p], int]
+    ring_peer_closed: Callable[[c_void_p], int]
+    ring_beat: Callable[[c_void_p], None]
+    ring_last_beat: Callable[[c_void_p], int]
+    ring_push: Callable[[c_void_p | None, bytes, int], int]
+    ring_push_from: Callable[[c_void_p | None, bytes, int, int], int]
+    ring_pop: Callable[[c_void_p | None, int, int, bool], int]
+    ring_sleep: Callable[[c_void_p], int]
+    ring_wake: Callable[[c_void_p], None]
+    ring_wait: Callable[[c_void_p | None, int], int]
+    watch: Callable[[int], int]
+    set_name: Callable[[bytes], None]
+    checksum: Callable[[int, int], int]
+
+    def __init__(self, path: Path):
+        self.path = path
+        for bound, table in ((ctypes.PyDLL(str(path)), QUICK), (ctypes.CDLL(str(path)), SLOW)):
+            for name, (result, arguments) in table.items():
+                function = getattr(bound, name)
+                function.restype = result
+                if arguments is not None:
+                    function.argtypes = arguments
+                setattr(self, name.removeprefix("ds_"), function)
+
+
+# ---- building ------------------------------------------------------------------------------------------------------
+
+
+def file_name() -> str:
+    """The library's name: the same sources, flags and kind of machine give the same one."""
+    digest = hashlib.sha256(" ".join((*FLAGS, sys.platform, platform.machine())).encode())
+    for source in SOURCES:
+        digest.update(source.encode() + b"\0" + (HERE / source).read_bytes())
+    return f"deepserve-{digest.hexdigest()[:16]}.so"
+
+
+def folders() -> list[Path]:
+    """Where the library may be, best first: beside its sources, or in the user's cache where those are read-only."""
+    home = Path(os.environ.get("DEEPSERVE_HOME") or "~/.cache/deepserve").expanduser()
+    return [HERE / "build", home / "native"]
+
+
+def find() -> Path | None:
+    """The built library, if there is one."""
+    return next((path for folder in folders() if (path := folder / file_name()).is_file()), None)
+
+
+def find_compiler() -> str:
+    """$CC, else the first of COMPILERS on the PATH."""
+    named = os.environ.get("CC")
+    if named:
+        if shutil.which(named.split()[0]) is None:
+            raise UserError(f"CC={named}: there is no such compiler; unset CC or name one that is installed")
+        return named
+    for name in COMPILERS:
+        if shutil.which(name):
+            return name
+    raise UserError(f"no C compiler ({', '.join(COMPILERS)}) found; install one, for example: apt install gcc")
+
+
+def build() -> Path:
+    """Compile the library; harmless beside another process that does the same. Raises `UserError`."""
+    compiler = find_compiler()
+    denied = ""
+    for folder in folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
+        except OSError as e:
+            denied = f"{folder}: {e.strerror}"
+            continue
+        os.close(handle)
+        draft = Path(name)
+        try:
+            command = [*compiler.split(), *FLAGS, *(str(HERE / s) for s in SOURCES), "-o", str(draft)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise UserError(f"{compiler} can't build the native helper: {done.stderr.strip() or done.stdout.strip()}")
+            draft.chmod(0o755)
+            path = folder / file_name()
+            os.replace(draft, path)  # whole or not at all, also for a process that builds at the same time
+            return path
+        finally:
+            draft.unlink(missing_ok=True)
+    raise UserError(f"nowhere to put the native helper ({denied}); set DEEPSERVE_HOME to a folder that can be written")
+
+
+@functools.cache
+def load() -> Library:
+    """The bound library, built first where it is missing. Raises `UserError`."""
+    return Library(find() or build())
+
+
+# ---- what fork.c offers --------------------------------------------------------------------------------------------
+
+
+def watch_process(pidfd: int) -> None:
+    """End this process, from a native thread, as soon as the one behind `pidfd` has ended; `pidfd` may be closed after.
+
+    A pipe that only the watched process holds open for writing does as well. A forked child must call it again.
+    """
+    code = load().watch(pidfd)
+    if code:
+        raise OSError(-code, os.strerror(-code), f"watching pidfd {pidfd}")
+
+
+def set_process_name(name: str) -> None:
+    """What ps and top call this process (the first 15 bytes). Call it from the main thread."""
+    load().set_name(name.encode())
+
+
+def checksum(buffer: Any) -> int:
+    """XXH64 (seed 0) of a contiguous buffer; runs without the interpreter lock."""
+    import numpy as np  # here alone, so that building needs nothing but the compiler
+
+    flat = np.frombuffer(buffer, np.uint8)  # the one way to a read-only buffer's address without Python's headers
+    return load().checksum(flat.ctypes.data, flat.nbytes)

@@ -1,0 +1,235 @@
+"""The nouns and wire messages shared by every process. A leaf: imports msgspec and nothing of the project.
+
+Token ids travel as the raw bytes of little-endian int32 (`pack_ids` / `unpack_ids`): a 100 000 token prompt is one
+memory copy and no Python objects.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from enum import IntEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard or the caller of the API can mend; the text says how.
+
+    `param` names the field or flag at fault, where there is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class OutOfMemory(UserError):
+    """Something does not fit; the text names the flag and a value that would."""
+
+
+# ---- token ids on the wire ------------------------------------------------------------------------------------------
+
+
+def pack_ids(ids: list[int] | array[int]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    packed = array("i", ids)
+    if sys.byteorder == "big":  # pragma: no cover - no supported machine is big-endian
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(data: bytes) -> array[int]:
+    """The inverse of `pack_ids`."""
+    ids = array("i")
+    ids.frombytes(data)
+    if sys.byteorder == "big":  # pragma: no cover
+        ids.byteswap()
+    return ids
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+MAX_SAMPLES = 128  # OpenAI's own bound on `n`; a sample's index takes the low 7 bits of its sequence id
+MAX_LOGPROBS = 20  # OpenAI's bound on `top_logprobs`
+
+
+class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """How the next token is chosen and when a text ends. Names and meanings are vLLM's; `temperature=0` is greedy.
+
+    Raises `ValueError` from the constructor where a value can't be meant.
+    """
+
+    n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = 0  # 0 and -1: every token
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = 16  # None: up to the context's end
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    stop: list[str] = []
+    stop_token_ids: list[Annotated[int, Meta(ge=0)]] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None  # None: off; k: the chosen one and the top k
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # a plain string is what every client library also allows
+            self.stop = [self.stop]
+        if any(not s for s in self.stop):
+            raise ValueError("stop: an empty string can't end a text; leave it out")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+
+
+def checked(params: SamplingParams) -> SamplingParams:
+    """`params` with every range checked: a Struct's constructor checks no types, decoding does.
+
+    Raises `UserError` naming the field.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(params, str_keys=False), SamplingParams)
+    except msgspec.ValidationError as e:
+        raise UserError(f"sampling parameters: {e}") from None
+
+
+class Finish(IntEnum):
+    """Why a sequence ended, as the TE sees it. Stop strings and cancels are decided in the control process."""
+
+    NONE = 0  # still running
+    STOP = 1  # end-of-text or one of `stop_token_ids`
+    LENGTH = 2  # `max_tokens` or the context's end
+    ERROR = 3  # the TE refused or failed this sequence alone
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+# Both directions of one link, array-like on the wire. A sequence id is `task << 7 | sample`.
+
+
+def sequence_id(task: int, sample: int) -> int:
+    return task << 7 | sample
+
+
+def split_sequence_id(seq: int) -> tuple[int, int]:
+    """(task, sample) of a sequence id."""
+    return seq >> 7, seq & 127
+
+
+class Msg(msgspec.Struct, tag=True, array_like=True, omit_defaults=True, gc=False):
+    pass
+
+
+class Sample(msgspec.Struct, array_like=True, gc=False):
+    """One of a task's `n` samples: its index and the ids it has already produced (before a crash)."""
+
+    index: int
+    generated: bytes  # int32 ids
+    seed: int  # always set: the control process draws one where the caller gave none, so that a replay continues
+
+
+class Start(Msg):
+    """Run a task: the prompt once, and a sample for each of `samples`."""
+
+    task: int
+    prompt: bytes  # int32 ids
+    samples: list[Sample]
+    params: SamplingParams
+    max_tokens: int  # resolved against the context; counts `generated` in
+    stop_ids: list[int]  # end-of-text ids (unless ignored) and `stop_token_ids`
+    salt: bytes = b""  # separates tenants and adapters in the prefix cache
+    priority: int = 0
+
+
+class Abort(Msg):
+    """Forget a sequence (`sample >= 0`) or a whole task at once. Unknown ones are ignored: they may have just ended."""
+
+    task: int
+    sample: int = -1
+
+
+class Stop(Msg):
+    """Leave now. What is running is dropped."""
+
+
+ToWorker = Start | Abort | Stop
+
+
+class Load(msgspec.Struct, array_like=True, gc=False):
+    """A TE's load after a step; counters grow over the TE's life."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0  # referenced by live sequences
+    blocks_total: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix tree
+    prefix_hits: int = 0  # of these, found
+    prompt_tokens: int = 0  # computed in prefill
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
+    """Natural-log probabilities of the raw model distribution at one position."""
+
+    chosen: float
+    rank: int  # 1: the chosen token was the likeliest
+    top_ids: list[int]
+    top: list[float]
+
+
+class Tokens(Msg):
+    """What one step brought, for the whole batch, as columns of equal length."""
+
+    seqs: list[int]
+    ids: list[int]  # -1: the sequence ended without a token (see `finish`)
+    finish: list[int]  # `Finish` values
+    load: Load
+    logprobs: list[TokenLogprobs | None] | None = None  # None: nobody asked
+    prompts: list[PromptDone] | None = None  # sequences whose first token this step brought
+
+
+class PromptDone(msgspec.Struct, array_like=True, gc=False):
+    seq: int
+    cached: int  # prompt tokens taken from the prefix cache
+    start: float  # CLOCK_MONOTONIC seconds: first chunk began
+    logprobs: list[TokenLogprobs | None] | None = None  # of the prompt, where asked; the first is None
+
+
+class Refused(Msg):
+    """A sequence that can never run here (more blocks than the pool has, say)."""
+
+    seq: int
+    why: str
+
+
+class Ready(Msg):
+    """The TE has answered its own dummy request and takes tasks."""
+
+    te: int
+    pid: int
+    blocks: int
+    block_size: int
+    steps: dict[str, float]  # scaling-ladder step -> seconds, measured here
+    at: float  # CLOCK_MONOTONIC seconds, when this was sent
+    memory: dict[str, int]  # bytes: weights, kv
+
+
+class Failed(Msg):
+    """The TE can't go on; it leaves after this. `param` names the flag where one would help."""
+
+    why: str
+    param: str | None = None
+
+
+FromWorker = Ready | Tokens | Refused | Failed

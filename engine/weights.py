@@ -1,0 +1,307 @@
+"""Checkpoints on disk, and the packed slab that is made of one at load.
+
+A checkpoint is memory-mapped safetensors or GGUF; both give the same Hugging Face names. `pack` lays the tensors a model asks for
+into one slab (a memfd), which is what is shared, mapped and forked. Knows neither devices nor models: specs say what is wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.gguf import BLOCKS, GGUF, hf_config, hf_tensor_names, rope_heads
+from engine.hub import is_gguf, model_config, read_json
+from engine.models import WeightSpec
+from engine.native import checksum
+from engine.quants import CHUNK, dequantize
+from engine.types import UserError
+
+log = logging.getLogger(__name__)
+
+SLAB_ALIGN = 2 << 20  # a huge page, so that a slab can be made of them
+TENSOR_ALIGN = 64  # a cache line, and the widest vector register
+NUMPY_DTYPE: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # bfloat16 travels as its bits
+SAFETENSORS_TYPES = ("F32", "F16", "BF16")
+# In files, but of no use to anybody: rope tables that every implementation computes for itself.
+NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as it lies in a file: `type` is GGML's or safetensors' name, `data` its bytes in a mapping."""
+
+    type: str
+    shape: tuple[int, ...]
+    data: np.ndarray  # uint8
+    rope_heads: int = 0  # heads whose rows a GGUF converter interleaved (see `hf_row_order`)
+
+
+class Checkpoint:
+    """The tensors and the configuration of one model on disk, under Hugging Face's names."""
+
+    def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, Stored]):
+        self.path = path
+        self.config = config
+        self.nbytes = sum(t.data.nbytes for t in tensors.values())
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The stored type's name: F32, F16, BF16, or a GGML type."""
+        return self._stored(name).type
+
+    def _stored(self, name: str) -> Stored:
+        if name not in self._tensors:
+            raise UserError(f"{self.path}: has no tensor {name}; the model's config asks for it", "model")
+        return self._tensors[name]
+
+    def read_into(self, name: str, out: np.ndarray, rows: slice | None = None) -> None:
+        """Rows of a tensor, converted to `out`'s dtype: float32, or uint16 for bfloat16's bits (rounded to nearest even)."""
+        stored = self._stored(name)
+        count = stored.shape[0]
+        start, stop, step = (rows or slice(None)).indices(count)
+        assert step == 1 and out.shape == (max(stop - start, 0), *stored.shape[1:]), (name, rows, out.shape)
+        width = prod(stored.shape[1:])
+        data = stored.data.reshape(count, -1)
+        order = hf_row_order(count, stored.rope_heads) if stored.rope_heads else None
+        flat = out.reshape(stop - start, width)
+        many = max(1, CHUNK // width) if out.dtype == np.uint16 or order is not None else max(1, stop - start)
+        for at in range(start, stop, many):
+            to = min(at + many, stop)
+            raw = data[at:to] if order is None else data[order[at:to]]
+            convert(raw, stored.type, flat[at - start : to - start])
+
+
+def convert(raw: np.ndarray, stored_type: str, out: np.ndarray) -> None:
+    """Stored rows into float32, or into bfloat16's bits."""
+    if out.dtype == np.float32:
+        dequantize(raw, stored_type, out)
+    elif stored_type == "BF16":
+        out.reshape(-1)[:] = raw.reshape(-1).view(np.uint16)
+    else:
+        values = np.empty(out.shape, np.float32)
+        dequantize(raw, stored_type, values)
+        round_to_bfloat16(values, out)
+
+
+def round_to_bfloat16(values: np.ndarray, out: np.ndarray) -> None:
+    """float32 -> bfloat16's bits, to nearest even; overwrites `values`."""
+    nan = np.isnan(values)
+    bits = values.view(np.uint32)
+    # Adding just under half of the last kept bit, and one more where that bit is odd, carries exactly when rounding up.
+    bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    np.copyto(out, bits >> 16, casting="unsafe")
+    if nan.any():
+        out[nan] = 0x7FC0  # the carry would have turned some NaNs into infinities
+
+
+def hf_row_order(rows: int, heads: int) -> np.ndarray:
+    """For each row of Hugging Face's q or k, the row a GGUF file keeps it in.
+
+    A head's rows are [first half | second half] there, and pairs of both halves one after another here.
+    """
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The model in a folder (config.json and safetensors) or a GGUF file. Raises `UserError`."""
+    path = Path(path)
+    return open_gguf(path) if is_gguf(path) else open_folder(path)
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    gguf = GGUF(path)
+    config = hf_config(gguf)
+    tensors = {}
+    for name, theirs in hf_tensor_names(gguf).items():
+        info = gguf.tensors[theirs]
+        if len(info.shape) == 1 and BLOCKS[info.type][0] > 1:
+            raise UserError(f"{path}: tensor {theirs} is a vector in {info.type}; F32, F16 or BF16 is expected")
+        tensors[name] = Stored(info.type, info.shape, gguf.raw(theirs), rope_heads(gguf, theirs))
+    return Checkpoint(path, config, tensors)
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    config = model_config(folder)
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        hint = "take the unquantised model, or a GGUF file"
+        raise UserError(f"{folder}: its weights are quantised by {method}, which can't be read; {hint}", "model")
+    tensors = {}
+    for file in weight_files(folder):
+        tensors.update(read_safetensors(file))
+    return Checkpoint(folder, config, tensors)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of the index, or the only one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index}: has no weight_map; download it again", "model")
+        files = [folder / name for name in sorted(set(names.values()))]
+    elif single.exists():
+        files = [single]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        found = f"only {other[0]}, which may run code when read: convert it to safetensors" if other else "no *.safetensors"
+        raise UserError(f"{folder}: has {found}", "model")
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: is named in {index.name} but missing; download the model again", "model")
+    return files
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, over a mapping of it. Raises `UserError`."""
+    damaged = UserError(f"{path}: not a whole safetensors file; download it again", "model")
+    try:
+        with open(path, "rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}", "model") from None
+    except ValueError:  # an empty file can't be mapped
+        raise damaged from None
+    if len(data) < 8:
+        raise damaged
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    try:
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise damaged from None
+    tensors = {}
+    for name, dtype, shape, begin, end in entries:
+        if name.endswith(NOT_WEIGHTS):
+            continue
+        if dtype not in SAFETENSORS_TYPES:
+            kinds = ", ".join(SAFETENSORS_TYPES)
+            raise UserError(f"{path}: tensor {name} is {dtype}, which can't be read; these can: {kinds}", "model")
+        if end - begin != prod(shape) * BLOCKS[dtype][1] or begin < 0 or start + end > len(data):
+            raise damaged
+        tensors[name] = Stored(dtype, shape, data[start + begin : start + end])
+    return tensors
+
+
+# ---- packing --------------------------------------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One packed tensor."""
+
+    name: str
+    dtype: str  # float32 | bfloat16
+    shape: tuple[int, ...]
+    format: str  # "rows": row-major, as in the file
+    slab: int
+    offset: int
+    nbytes: int
+    checksum: int  # XXH64 of its bytes
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What lies where in the slabs of one packed model."""
+
+    entries: list[Entry]
+    slabs: list[int]  # bytes of each
+    nbytes: int  # of all slabs
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def layout(specs: Sequence[WeightSpec], dtype: str) -> Iterator[tuple[WeightSpec, str, int, int]]:
+    """(spec, dtype, offset, bytes) for each."""
+    offset = 0
+    for spec in specs:
+        kind = "float32" if spec.kind == "vector" else dtype
+        nbytes = prod(spec.shape) * NUMPY_DTYPE[kind].itemsize
+        yield spec, kind, offset, nbytes
+        offset = round_up(offset + nbytes, TENSOR_ALIGN)
+
+
+def packed_size(specs: Sequence[WeightSpec], dtype: str) -> int:
+    """Bytes of the slab that `pack` makes, if every optional tensor is there."""
+    end = max((offset + nbytes for _, _, offset, nbytes in layout(specs, dtype)), default=0)
+    return round_up(end, SLAB_ALIGN)
+
+
+def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: int) -> Manifest:
+    """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
+    present = [spec for spec in specs if is_present(checkpoint, spec)]
+    report_unused(checkpoint, present)
+    size = packed_size(present, dtype)
+    os.ftruncate(fd, size)
+    slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
+
+    def write(item: tuple[WeightSpec, str, int, int]) -> Entry:
+        spec, kind, offset, nbytes = item
+        data = slab[offset : offset + nbytes]
+        tensor = data.view(NUMPY_DTYPE[kind]).reshape(spec.shape)
+        row = 0
+        for source in spec.sources:
+            rows = checkpoint.shape(source)[0]
+            checkpoint.read_into(source, tensor[row : row + rows])
+            row += rows
+        return Entry(spec.name, kind, spec.shape, "rows", 0, offset, nbytes, checksum(data))
+
+    # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
+    with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
+        entries = list(pool.map(write, layout(present, dtype)))
+    return Manifest(entries, [size], size)
+
+
+def is_present(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
+    """False for an optional tensor that the checkpoint hasn't. Raises `UserError` for a missing or misshapen one."""
+    if spec.optional and not any(source in checkpoint for source in spec.sources):
+        return False
+    shapes = [checkpoint.shape(source) for source in spec.sources]
+    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if whole != spec.shape or any(shape[1:] != shapes[0][1:] for shape in shapes):
+        found = " + ".join(str(list(shape)) for shape in shapes)
+        names, asked = " + ".join(spec.sources), list(spec.shape)
+        raise UserError(f"{checkpoint.path}: tensor {names} has shape {found}; the model's config asks for {asked}", "model")
+    return True
+
+
+def report_unused(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> None:
+    """Say which tensors no spec takes: usually parts for something else, but a model that needs them would be wrong."""
+    used = {source for spec in specs for source in spec.sources}
+    unused = [name for name in checkpoint.names() if name not in used]
+    if unused == ["lm_head.weight"] and checkpoint.config.get("tie_word_embeddings"):
+        return  # some files repeat the tied embedding
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        log.warning("event=unused_tensors path=%s tensors=%s%s", checkpoint.path, ",".join(unused[:3]), more)
+
+
+def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, memoryview]:
+    """Each packed tensor's bytes, read-only, over mappings that live as long as the views."""
+    slabs = [memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)) for fd, size in zip(fds, manifest.slabs, strict=True)]
+    return {e.name: slabs[e.slab][e.offset : e.offset + e.nbytes] for e in manifest.entries}

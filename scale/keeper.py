@@ -1,0 +1,291 @@
+"""The keeper: the zygote process that task executors are forked from, and the owner of the packed weights.
+
+It imports the engine once, touches no device, starts no thread, and so can fork at any moment: a TE begins life with its code loaded.
+Weights are packed by a short-lived child into memfds that this process holds; every TE maps the same pages. When the keeper dies, live TEs
+go on (they hold their own mappings); a new keeper packs again. It leaves when its socket closes or the control process dies.
+
+Runs as `python -c "from scale.keeper import main; main(socket_fd, control_pidfd)"`; the other end is `scale/keeper_client.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from engine import native
+from engine.config import Config
+from engine.types import UserError
+
+
+class Msg(msgspec.Struct, tag=True, array_like=True):
+    pass
+
+
+class Pack(Msg):
+    """Have the checkpoint at `path` packed as `dtype`, under `key`."""
+
+    key: str
+    path: str
+    dtype: str
+
+
+class Spawn(Msg):
+    """Fork a TE on packed model `key`. Carries the descriptors of both rings: inbox, then outbox, three each."""
+
+    te: int
+    key: str
+    config: Config
+    threads: int
+
+
+ToKeeper = Pack | Spawn
+
+
+class Warm(Msg):
+    """The engine is imported."""
+
+    pid: int
+    seconds: float
+
+
+class Packed(Msg):
+    key: str
+    nbytes: int
+    seconds: float
+
+
+class PackFailed(Msg):
+    key: str
+    why: str
+    param: str | None
+
+
+class Spawned(Msg):
+    """Carries the TE's pidfd."""
+
+    te: int
+    pid: int
+    seconds: float  # of the fork itself
+
+
+class Exited(Msg):
+    """A TE's exit status as `os.waitstatus_to_exitcode` gives it (negative: the signal that killed it)."""
+
+    te: int
+    pid: int
+    status: int
+
+
+FromKeeper = Warm | Packed | PackFailed | Spawned | Exited
+
+RING_FDS = 6  # of a Spawn: two rings of three descriptors
+MAX_MESSAGE = 64 << 10
+
+
+class Model(msgspec.Struct):
+    """A packed model: what a TE needs to map it."""
+
+    slabs: list[int]
+    manifest: Any = None  # engine.weights.Manifest once packed
+    config: dict[str, Any] = {}
+    failed: PackFailed | None = None
+    waiting: list[tuple[Spawn, list[int]]] = []
+
+
+class Keeper:
+    def __init__(self, sock: socket.socket, control: int):
+        self.sock = sock
+        self.control = control
+        self.models: dict[str, Model] = {}
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(sock, selectors.EVENT_READ, self.receive)
+        self.selector.register(control, selectors.EVENT_READ, self.leave)
+        self.decoder = msgspec.msgpack.Decoder(ToKeeper)
+        self.encoder = msgspec.msgpack.Encoder()
+        self.leaving = False
+
+    def run(self) -> None:
+        """Packing is ordered first, so that it runs on one core while this process imports the engine on another."""
+        started = time.monotonic()
+        self.turn(0.0)
+        warm_up()
+        self.tell(Warm(os.getpid(), time.monotonic() - started))
+        while not self.leaving:
+            self.turn(None)
+
+    def turn(self, timeout: float | None) -> None:
+        for key, _ in self.selector.select(timeout):
+            key.data()
+
+    def leave(self) -> None:
+        self.leaving = True
+
+    def tell(self, message: FromKeeper, fds: list[int] | None = None) -> None:
+        try:
+            socket.send_fds(self.sock, [self.encoder.encode(message)], fds or [])
+        except (BrokenPipeError, ConnectionResetError):
+            self.leaving = True
+
+    def receive(self) -> None:
+        data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, RING_FDS)
+        if not data:
+            self.leaving = True
+            return
+        message = self.decoder.decode(data)
+        if isinstance(message, Pack):
+            self.pack(message)
+        else:
+            model = self.models[message.key]
+            if model.failed is not None:
+                self.tell(model.failed)
+            elif model.manifest is None:
+                model.waiting.append((message, fds))
+            else:
+                self.spawn(message, fds, model)
+
+    # ---- packing ----------------------------------------------------------------------------------------------------
+    def pack(self, order: Pack) -> None:
+        """Fork a child that packs into a memfd of ours and sends the manifest through a pipe."""
+        slab = os.memfd_create(f"deepserve-weights-{os.path.basename(order.path)}", os.MFD_CLOEXEC)
+        model = self.models[order.key] = Model(slabs=[slab], waiting=[])
+        reading, writing = os.pipe()
+        started = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            in_child(lambda: pack_into(order, slab, writing), self.control, "deepserve-pack")
+        os.close(writing)
+        chunks: list[bytes] = []
+
+        def more() -> None:
+            chunk = os.read(reading, 1 << 20)
+            if chunk:
+                chunks.append(chunk)
+                return
+            self.selector.unregister(reading)
+            os.close(reading)
+            _, status = os.waitpid(pid, 0)
+            self.packed(order, model, b"".join(chunks), os.waitstatus_to_exitcode(status), time.monotonic() - started)
+
+        self.selector.register(reading, selectors.EVENT_READ, more)
+
+    def packed(self, order: Pack, model: Model, report: bytes, status: int, seconds: float) -> None:
+        from engine import weights
+
+        if status == 0:
+            config, packed = msgspec.msgpack.decode(report, type=tuple[dict[str, Any], weights.Manifest])
+            model.manifest, model.config = packed, config
+            self.tell(Packed(order.key, packed.nbytes, seconds))
+            for message, fds in model.waiting:
+                self.spawn(message, fds, model)
+        else:
+            why, param = (f"the packing process ended with status {status}", None)
+            if report:
+                why, param = msgspec.msgpack.decode(report, type=tuple[str, str | None])
+            model.failed = PackFailed(order.key, why, param)
+            self.tell(model.failed)
+            for _, fds in model.waiting:
+                close_all(fds)
+        model.waiting = []
+
+    # ---- forking ----------------------------------------------------------------------------------------------------
+    def spawn(self, order: Spawn, fds: list[int], model: Model) -> None:
+        from engine import shmq, worker
+
+        started = time.monotonic()
+        gc.freeze()  # what exists now stays out of the child's collections, so its pages stay shared
+        pid = os.fork()
+        if pid == 0:
+
+            def live() -> int:
+                birth = worker.Birth(
+                    te=order.te,
+                    config=order.config,
+                    model_config=model.config,
+                    manifest=model.manifest,
+                    slabs=model.slabs,
+                    inbox=shmq.RingFds(*fds[:3]),
+                    outbox=shmq.RingFds(*fds[3:]),
+                    control=self.control,
+                    threads=order.threads,
+                    forked_at=started,
+                )
+                return worker.main(birth)
+
+            self.sock.close()
+            in_child(live, self.control, f"deepserve-te{order.te}")
+        close_all(fds)
+        pidfd = os.pidfd_open(pid)
+
+        def exited() -> None:
+            self.selector.unregister(pidfd)
+            os.close(pidfd)
+            _, status = os.waitpid(pid, 0)
+            self.tell(Exited(order.te, pid, os.waitstatus_to_exitcode(status)))
+
+        self.selector.register(pidfd, selectors.EVENT_READ, exited)
+        self.tell(Spawned(order.te, pid, time.monotonic() - started), [pidfd])
+
+
+def in_child(work: Callable[[], int], control: int, name: str) -> None:
+    """Run `work` in a fresh child and never return: no `finally` or `atexit` of the keeper's runs here."""
+    status = 70  # EX_SOFTWARE
+    try:
+        native.watch_process(control)
+        native.set_process_name(name)
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def pack_into(order: Pack, slab: int, writing: int) -> int:
+    """In the packing child: write the slab, then report (model config, manifest), or (why, flag) with status 1."""
+    from engine import models, weights
+
+    status = 0
+    try:
+        checkpoint = weights.open_checkpoint(order.path)
+        specs = models.build(checkpoint.config).weights()
+        report = msgspec.msgpack.encode((checkpoint.config, weights.pack(checkpoint, specs, order.dtype, slab)))
+    except UserError as e:
+        status, report = 1, msgspec.msgpack.encode((str(e), e.param))
+    except OSError as e:
+        status, report = 1, msgspec.msgpack.encode((f"packing {order.path}: {e}", "model"))
+    with os.fdopen(writing, "wb") as pipe:
+        pipe.write(report)
+    return status
+
+
+def warm_up() -> None:
+    """Import what every TE will need. Nothing here may start a thread or touch a device."""
+    import engine.devices.cpu
+    import engine.models.llama
+    import engine.worker  # noqa: F401
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def main(sock_fd: int, control: int) -> None:
+    """The keeper's whole life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    native.set_process_name("deepserve-keeper")
+    with socket.socket(fileno=sock_fd) as sock:
+        Keeper(sock, control).run()

@@ -1,0 +1,89 @@
+"""OpenAI's error object, and which exception becomes which status. Knows nothing of routes."""
+
+from __future__ import annotations
+
+import math
+
+import orjson
+from aiohttp import web
+
+from engine.types import UserError
+from sched.stream import Overloaded, TaskFailed, Unavailable, UnknownModel
+
+LONGEST = 2000  # characters of an error message: a caller's 1 MB field name need not come back whole
+
+TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # every other: invalid_request_error
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 500: "internal_error", 503: "service_unavailable"}
+
+
+class Problem(Exception):
+    """A refusal ready to be sent: message to a person, field at fault, status."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.message = message if len(message) <= LONGEST else message[:LONGEST] + " …"
+        self.param = param if param is None or len(param) <= LONGEST else param[:LONGEST]
+        self.status = status
+        self.code = code or CODES.get(status)
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """`{"error": {...}}`."""
+        error = {
+            "message": self.message,
+            "type": TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        # A field name may hold what JSON can't (a lone surrogate from a URL, say): such characters are replaced.
+        clean = {k: v.encode("utf-8", "replace").decode() if v is not None else None for k, v in error.items()}
+        return orjson.dumps({"error": clean})
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """The header takes whole seconds; 0 would invite a busy loop."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+def problem(error: BaseException, request: web.Request) -> Problem | None:
+    """The refusal that `error` means, or None where it is a fault of ours."""
+    match error:
+        case Problem():
+            return error
+        case UnknownModel():
+            return Problem(str(error), error.param or "model", status=404, code="model_not_found")
+        case UserError():
+            return Problem(str(error), error.param)
+        case Overloaded():
+            return Problem(str(error), status=429, headers=retry_after(error.retry_after))
+        case Unavailable():
+            return Problem(str(error), status=503, headers=retry_after(error.retry_after))
+        case TaskFailed():
+            return Problem(str(error), status=500, code="task_failed")
+        case RecursionError():
+            return Problem("the body is nested too deeply")
+        case web.HTTPRequestEntityTooLarge():
+            return Problem(f"the body is larger than {request.client_max_size >> 20} MiB", status=413)
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            message = f"{request.path} takes {allowed}, not {request.method}"
+            return Problem(message, status=405, code="method_not_allowed", headers={"Allow": allowed})
+        case web.HTTPNotFound():
+            return Problem(f"there is no {request.method} {request.path} here", status=404, code="not_found")
+        case web.HTTPException():
+            return Problem(error.reason, status=error.status)
+        case web.RequestPayloadError():
+            return Problem("the body could not be read: it is not what its Content-Encoding or length says")
+    return None
+
+
+def response(found: Problem) -> web.Response:
+    return web.Response(status=found.status, body=found.body(), content_type="application/json", headers=found.headers)

@@ -1,0 +1,130 @@
+"""/v1/completions and /v1/chat/completions: decode, check, tokenise, submit, answer. Leaving a handler for whatever cause leaves
+the service's context, and with it the request ends everywhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+
+from aiohttp import web
+
+from engine.types import SamplingParams
+from sched.gateway import errors, prompt, schema, shapes
+from sched.gateway.face import Model, Service
+from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
+from sched.gateway.sse import EventStream
+from sched.stream import Submission
+
+log = logging.getLogger(__name__)
+
+
+async def served(service: Service, name: str | None) -> Model:
+    """The model asked for; a server of one model needs no name."""
+    if name is None:
+        cards = service.models()
+        if len(cards) != 1:
+            message = f"model: this field is required; here are {', '.join(c.id for c in cards) or 'none'}"
+            raise errors.Problem(message, "model", code="missing_required_parameter")
+        name = cards[0].id
+    return await service.model(name)
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
+
+
+def begin(request: web.Request, prefix: str) -> str:
+    """The id of a new response, which is also the request's id where the caller gave none."""
+    id = new_id(prefix)
+    if not request[CALLER_ID]:
+        request[REQUEST_ID] = id
+    return id
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    id = begin(request, "chatcmpl-")
+    asked = schema.decode(schema.CHAT, await request.read())
+    model = await served(request.app[SERVICE], asked.model)
+    params = schema.sampling(asked, model.tokenizer.vocab_size)
+    ids = await prompt.chat_ids(model, asked.messages, asked)
+    submission = submit_form(request, id, "chat", asked, model, params, [ids])
+    head = shapes.Head(id, int(time.time()), model.id, request.app[FINGERPRINT])
+    return await answer(request, submission, shapes.Chat(head, model.tokenizer, params.logprobs, wants_usage(asked)), asked)
+
+
+async def completion(request: web.Request) -> web.StreamResponse:
+    id = begin(request, "cmpl-")
+    asked = schema.decode(schema.COMPLETION, await request.read())
+    model = await served(request.app[SERVICE], asked.model)
+    params = schema.sampling(asked, model.tokenizer.vocab_size)
+    rows = await prompt.prompt_ids(model, asked)
+    submission = submit_form(request, id, "completion", asked, model, params, rows)
+    if params.max_tokens is None:  # not asked for: OpenAI's default, or less where the context ends sooner
+        room = model.max_model_len - max(map(len, rows))
+        params.max_tokens = min(max(schema.COMPLETION_TOKENS, params.min_tokens), room)
+    echo = None
+    if asked.echo:
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else [p for p in asked.prompt if isinstance(p, str)]
+        texts = texts or [model.tokenizer.decode(row, skip_special=False) for row in rows]
+        echo = shapes.Echo(list(rows), texts, params.n, {})
+    head = shapes.Head(id, int(time.time()), model.id, request.app[FINGERPRINT])
+    shape = shapes.Completion(head, model.tokenizer, params.logprobs, wants_usage(asked), echo)
+    return await answer(request, submission, shape, asked)
+
+
+def wants_usage(asked: schema.Generation) -> bool:
+    return asked.stream_options is not None and bool(asked.stream_options.include_usage)
+
+
+def submit_form(
+    request: web.Request,
+    id: str,
+    kind: str,
+    asked: schema.Generation,
+    model: Model,
+    params: SamplingParams,
+    rows: list[list[int]],
+) -> Submission:
+    """The submission, once the prompts fit."""
+    field = "messages" if kind == "chat" else "prompt"
+    return Submission(
+        id=id,
+        model=model.id,
+        prompts=prompt.fit(model, rows, params, field, schema.limit_field(asked)),
+        params=params,
+        trace_id=request[CALLER_ID],
+        kind=kind,
+        salt=request[TENANT],
+        priority=asked.priority or 0,
+    )
+
+
+async def answer(
+    request: web.Request, submission: Submission, shape: shapes.Chat | shapes.Completion, asked: schema.Generation
+) -> web.StreamResponse:
+    """Submit and reply, in one piece or event by event."""
+    choices = len(submission.prompts) * submission.params.n
+    async with request.app[SERVICE].submit(submission) as stream:
+        if isinstance(shape, shapes.Completion) and shape.echo is not None:
+            shape.echo.logprobs = stream.prompt_logprobs
+        if not asked.stream:
+            gathering = shapes.Gathering(choices)
+            await stream.run(gathering.add)
+            body = shape.whole(gathering, stream.usage)
+            return web.Response(body=body, content_type="application/json")
+        events = EventStream(request, request.app[HEART])
+        try:
+            await events.open()
+            await stream.run(lambda deltas: events.send(shape.chunks(deltas)))
+            events.send(shape.tail(stream.usage))
+        except Exception as e:  # too late for a status: the error is the stream's last event
+            found = errors.problem(e, request)
+            if found is None:
+                log.exception("request=%s failed while streaming", submission.id)
+                found = errors.Problem("internal error", status=500)
+            events.send(b"data: %b\n\n" % found.body())
+        finally:
+            events.stop()
+    # The request has ended everywhere; what is left is a client that may take its time to read.
+    return await events.close()

@@ -1,0 +1,310 @@
+"""`AsyncLLM`: the one client API. HTTP, the command line and embedding programs all submit here.
+
+`submit` is an async context manager: leaving it, for whatever cause, cancels the request everywhere. The object lives in whatever loop
+it is started in, installs no signal handler, prints nothing and ends all its processes in `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+
+from engine import capacity, models, native, weights
+from engine.config import Config, resolve
+from engine.tokenizer import Tokenizer
+from engine.types import SamplingParams, UserError, checked
+from scale import ladder, pull
+from sched.cluster import Cluster
+from sched.job import describe
+from sched.job_executor import JobExecutor
+from sched.metrics import Metrics
+from sched.stream import CompletionOutput, RequestOutput, Stream, Submission, Unavailable, UnknownModel
+
+Message = dict[str, Any]
+
+
+class ModelCard(msgspec.Struct):
+    """A served model's name as /v1/models lists it."""
+
+    id: str
+    created: int
+    max_model_len: int
+    root: str
+
+
+class ServedModel(msgspec.Struct):
+    """What a caller needs to turn text into a submission."""
+
+    id: str
+    max_model_len: int
+    tokenizer: Tokenizer
+
+
+class AsyncLLM:
+    """One model on `te` task executors.
+
+    Settings are Config's fields: `AsyncLLM("folder", te=2, max_model_len=2048)`. Use it as `async with AsyncLLM(...) as engine:`, or let
+    the first call start it and call `close` at the end.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | None = None, *, config: Config | None = None, **settings: Any):
+        if config is None:
+            if model is not None:
+                settings["model"] = os.fspath(model)
+            config, _ = resolve(settings)
+        self.asked = config
+        self.config = config  # resolved once the model's files are read
+        self.why: dict[str, str] = {}
+        self.created = int(time.time())
+        self.draining = False
+        self.closed = False
+        self.names: list[str] = config.served_model_name
+        self.starting: asyncio.Task[None] | None = None
+        self.running: asyncio.Task[None] | None = None
+        self.je: JobExecutor | None = None
+        self.cluster: Cluster | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.metrics_of: Metrics | None = None
+        self.rng = Random(config.seed) if config.seed is not None else Random()
+        self.failure: UserError | None = None
+        self.failed = asyncio.Event()  # set with `failure`
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+    async def __aenter__(self) -> AsyncLLM:
+        try:
+            await self.ready()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin loading; the task ends when requests can be tokenised. Idempotent."""
+        if self.starting is None:
+            if self.closed:
+                raise RuntimeError("this engine is closed")
+            self.starting = asyncio.create_task(self.load(), name="deepserve-load")
+            self.starting.add_done_callback(lambda t: t.cancelled() or t.exception())  # retrieved: told by `ready` and /health
+        return self.starting
+
+    async def ready(self) -> None:
+        """Wait until a TE takes tasks. Raises `UserError` where none ever will."""
+        await asyncio.shield(self.start())
+        assert self.cluster is not None
+        await self.cluster.first_ready.wait()
+        if self.cluster.failure is not None:
+            raise self.cluster.failure
+
+    async def load(self) -> None:
+        """Read the model's description, start the cluster, then build the tokenizer while weights are packed."""
+        try:
+            path = await asyncio.to_thread(pull.resolve, self.asked.model)
+            native.load()
+            if not self.names:
+                self.names = [pull.model_id(self.asked.model, path)]
+            config, why = await asyncio.to_thread(read_model, path, self.asked)
+            self.config, self.why = config, why
+            metrics = self.metrics_of = Metrics(self.names[0])
+            plan = ladder.Plan(f"{path}:{config.dtype}", str(path), config, capacity.threads_for(config, capacity.machine()))
+            je = self.je = JobExecutor(config, metrics, self.rng)
+            cluster = self.cluster = Cluster(plan, self.names[0], config.te, je, config.stall_timeout)
+            metrics.watch(cluster, lambda: len(je.held))
+            self.running = asyncio.create_task(self.keep_running(cluster), name="deepserve-cluster")
+            je.tokenizer = self.tokenizer = await asyncio.to_thread(Tokenizer.load, path, chat_template(config))
+        except UserError as e:
+            self.fail(e)
+            raise
+
+    async def keep_running(self, cluster: Cluster) -> None:
+        await cluster.run()
+        if cluster.failure is not None:
+            self.fail(cluster.failure)
+
+    def fail(self, error: UserError) -> None:
+        """No TE will ever come up with these settings."""
+        self.failure = error
+        self.failed.set()
+        if self.je is not None:
+            self.je.give_up(str(error))
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new request and wait for the running ones; False where some were still running after `timeout` seconds."""
+        self.draining = True
+        if self.je is None or not self.je.outstanding:
+            return True
+        idle = asyncio.Event()
+        self.je.idle_listeners.append(idle.set)
+        try:
+            await asyncio.wait_for(idle.wait(), timeout)
+            return True
+        except TimeoutError:
+            return False
+
+    async def close(self) -> None:
+        """End every process and fail what still runs. Idempotent."""
+        self.closed = self.draining = True
+        for task in (self.starting, self.running):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, UserError):
+                    await task
+        self.running = None
+        if self.je is not None:
+            self.je.give_up("the server is shutting down")
+
+    # ---- what the gateway asks --------------------------------------------------------------------------------------
+    @property
+    def api_keys(self) -> list[str]:
+        return self.config.api_key
+
+    def models(self) -> list[ModelCard]:
+        """Every name this server answers to."""
+        length = self.config.max_model_len or 0
+        return [ModelCard(name, self.created, length, self.names[0]) for name in self.names]
+
+    async def model(self, name: str) -> ServedModel:
+        """The model called `name` ("" is the one there is), once its tokenizer is there. Raises `UnknownModel`, `Unavailable`."""
+        try:
+            await asyncio.shield(self.start())
+        except UserError as e:
+            raise Unavailable(f"the model can't be served: {e}", 30.0) from None
+        if name and name not in self.names:
+            raise UnknownModel(f"the model {name!r} is not served here; there is {', '.join(self.names)}", "model")
+        assert self.tokenizer is not None and self.config.max_model_len is not None
+        return ServedModel(name or self.names[0], self.config.max_model_len, self.tokenizer)
+
+    @contextlib.asynccontextmanager
+    async def submit(self, submission: Submission) -> AsyncIterator[Stream]:
+        """Run a submission. Leaving the context cancels what is left of it on every TE.
+
+        Raises `UserError` (bad parameters), `Overloaded`, `Unavailable`; `TaskFailed` comes out of the stream."""
+        served = await self.model(submission.model)
+        if self.draining:
+            raise Unavailable("the server is shutting down", 10.0)
+        if self.failure is not None:
+            raise Unavailable(f"the model can't be served: {self.failure}", 30.0)
+        check_fits(submission, served)
+        assert self.je is not None
+        live = self.je.admit(submission)
+        try:
+            yield live.stream
+        finally:
+            self.je.leave(live)
+
+    def health(self) -> dict[str, Any]:
+        """The workers' state, not the web server's: "ok" only while every TE is ready and its step loop comes round."""
+        now = time.monotonic()
+        wanted = self.config.te
+        tes = self.cluster.ready_tes() if self.cluster is not None else []
+        healthy = [te for te in tes if te.healthy(now, self.config.stall_timeout)]
+        if self.failure is not None:
+            status = "dead"
+        elif self.draining:
+            status = "draining"
+        elif len(healthy) == wanted:
+            status = "ok"
+        elif self.cluster is None or not self.cluster.first_ready.is_set():
+            status = "loading"
+        else:
+            status = "degraded"
+        detail = {"te": wanted, "te_ready": len(tes), "te_healthy": len(healthy), "model": self.names[0] if self.names else None}
+        return {"status": status, **detail, "error": str(self.failure) if self.failure is not None else None}
+
+    def job(self, name: str) -> dict[str, Any] | None:
+        """A request's jobs, tasks, states and times, by the response's id or the caller's X-Request-Id."""
+        record = self.je.find(name) if self.je is not None else None
+        return describe(record) if record is not None else None
+
+    def executors(self) -> list[dict[str, Any]]:
+        return self.cluster.describe() if self.cluster is not None else []
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        return self.metrics_of.text() if self.metrics_of is not None else b""
+
+    # ---- embedding: vLLM's shapes -----------------------------------------------------------------------------------
+    async def generate(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """The growing output of one prompt (text or token ids). Leaving the loop early cancels the request."""
+        served = await self.model("")
+        text = prompt if isinstance(prompt, str) else None
+        ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        async for output in self.outputs(text, ids, sampling_params, request_id):
+            yield output
+
+    async def chat(
+        self, messages: list[Message], sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """The growing answer to a conversation, through the model's chat template."""
+        served = await self.model("")
+        text = served.tokenizer.render(messages)
+        async for output in self.outputs(text, served.tokenizer.encode(text, add_special=False), sampling_params, request_id):
+            yield output
+
+    async def outputs(
+        self, text: str | None, ids: list[int], params: SamplingParams | None, request_id: str | None
+    ) -> AsyncIterator[RequestOutput]:
+        params = checked(params or SamplingParams())
+        name = request_id or f"gen-{uuid.uuid4().hex}"
+        submission = Submission(id=name, model="", prompts=[array("i", ids)], params=params, kind="embedded")
+        output = RequestOutput(
+            request_id=name, prompt=text, prompt_token_ids=ids, outputs=[CompletionOutput(index=i) for i in range(params.n)]
+        )
+        async with self.submit(submission) as stream:
+            async for deltas in stream:
+                for delta in deltas:
+                    output.outputs[delta.index].add(delta)
+                output.finished = not stream.open
+                output.num_cached_tokens = stream.usage.cached_tokens
+                output.prompt_logprobs = stream.prompt_logprobs.get(0)
+                yield output
+
+
+def read_model(path: Path, asked: Config) -> tuple[Config, dict[str, str]]:
+    """The Config resolved against the model's description and this machine. Reads no weights."""
+    checkpoint = weights.open_checkpoint(path)
+    model = models.build(checkpoint.config)
+    dtype = "float32" if asked.dtype == "auto" else asked.dtype
+    return capacity.resolve(asked, model, weights.packed_size(model.weights(), dtype), capacity.machine())
+
+
+def chat_template(config: Config) -> str:
+    """The text of --chat-template: a file's content, or the value itself where it can only be a template."""
+    value = config.chat_template
+    if not value or "{{" in value or "{%" in value:
+        return value
+    try:
+        return Path(value).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--chat-template {value}: {e}", "chat_template") from None
+
+
+def check_fits(submission: Submission, served: ServedModel) -> None:
+    """Raises `UserError` where a prompt is empty, has ids that are none, or leaves no room."""
+    for prompt in submission.prompts:
+        if not prompt:
+            raise UserError("the prompt is empty: it needs at least one token", "prompt")
+        if min(prompt) < 0 or max(prompt) >= served.tokenizer.vocab_size:
+            raise UserError(f"the prompt has a token id outside 0 to {served.tokenizer.vocab_size - 1}", "prompt")
+        wanted = submission.params.max_tokens
+        if len(prompt) + (wanted is None or wanted > 0) > served.max_model_len:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the model's context holds {served.max_model_len}, output included", "prompt"
+            )
+    for name, ids in (("logit_bias", submission.params.logit_bias), ("stop_token_ids", submission.params.stop_token_ids)):
+        if any(not 0 <= i < served.tokenizer.vocab_size for i in ids):
+            raise UserError(f"{name} has a token id outside 0 to {served.tokenizer.vocab_size - 1}", name)

@@ -1,0 +1,170 @@
+"""What a caller of the service sees of a request: its prompts in, a stream of deltas out, and the ways to be refused.
+
+A Stream has one owner, who iterates it or gives it a sink. With a sink each step's deltas are delivered inside the
+callback that read the TE's message: no coroutine wakes up for a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+
+from engine.types import SamplingParams, TokenLogprobs, UserError
+
+
+class UnknownModel(UserError):
+    """No model of that name is served here."""
+
+
+class Overloaded(Exception):
+    """The queue is full (HTTP 429). `retry_after` is the predicted wait in seconds."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unavailable(Exception):
+    """Can't be served now through no fault of the caller (HTTP 503): draining, or no TE can be brought up."""
+
+    def __init__(self, message: str, retry_after: float = 5.0):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TaskFailed(Exception):
+    """The request was accepted and then could not be finished (HTTP 500)."""
+
+
+class Submission(msgspec.Struct, kw_only=True):
+    """One external call, tokenised. `prompts` has one entry but for /v1/completions with a list of prompts."""
+
+    id: str  # the response's id: chatcmpl-…, cmpl-…
+    model: str
+    prompts: list[array[int]]
+    params: SamplingParams
+    trace_id: str = ""  # the caller's X-Request-Id, where given
+    kind: str = "chat"  # or "completion", "embedded"
+    salt: bytes = b""  # separates tenants in the prefix cache
+    priority: int = 0
+
+
+class Delta(msgspec.Struct, gc=False):
+    """What one step added to one choice. `text` never holds half a character or half a stop string."""
+
+    index: int  # prompt * n + sample
+    text: str
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None  # one for each of `ids`, where asked
+    finish: str | None = None  # "stop" or "length" on the last delta of this choice
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0  # each prompt once, however many samples
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+
+
+class Stream:
+    """The deltas of one submission, in order for each choice. Complete after every choice's `finish`."""
+
+    def __init__(self, choices: int):
+        self.usage = Usage()
+        self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # prompt index -> one for each prompt token
+        self.open = choices
+        self.sink: Callable[[list[Delta]], None] | None = None
+        self.waiting: list[Delta] = []
+        self.error: BaseException | None = None
+        self.wake: asyncio.Future[None] | None = None
+
+    # ---- the service's side -----------------------------------------------------------------------------------------
+    def feed(self, deltas: list[Delta]) -> None:
+        """One step's deltas of this request."""
+        self.open -= sum(d.finish is not None for d in deltas)
+        if self.sink is not None:
+            self.sink(deltas)
+        else:
+            self.waiting += deltas
+        if self.sink is None or not self.open:
+            self.rouse()
+
+    def fail(self, error: BaseException) -> None:
+        """No more will come; whoever waits gets `error`."""
+        self.error = self.error or error
+        self.rouse()
+
+    def rouse(self) -> None:
+        if self.wake is not None and not self.wake.done():
+            self.wake.set_result(None)
+
+    # ---- the caller's side ------------------------------------------------------------------------------------------
+    async def run(self, sink: Callable[[list[Delta]], None]) -> None:
+        """Deliver every delta to `sink` (called on the loop, must not block) until the stream is complete.
+
+        Raises what the service fails the stream with."""
+        if self.waiting:
+            first, self.waiting = self.waiting, []
+            sink(first)
+        self.sink = sink
+        while self.open and self.error is None:
+            await self.pause()
+        if self.error is not None:
+            raise self.error
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """The deltas of a step, or of several steps where the caller is slower than the model."""
+        while True:
+            if self.waiting:
+                batch, self.waiting = self.waiting, []
+                yield batch
+            elif self.error is not None:
+                raise self.error
+            elif not self.open:
+                return
+            else:
+                await self.pause()
+
+    async def pause(self) -> None:
+        self.wake = asyncio.get_running_loop().create_future()
+        try:
+            await self.wake
+        finally:
+            self.wake = None
+
+
+# ---- what embedding programs get: vLLM's shapes -------------------------------------------------------------------------
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One sample, as far as it has come."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.finish is not None:
+            self.finish_reason, self.stop_reason = delta.finish, delta.stop_reason
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What a prompt has brought so far; complete when `finished`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

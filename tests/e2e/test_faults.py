@@ -1,0 +1,126 @@
+"""Processes that die under load: every stream must end with the text it would have had. `bench/soak.py` does the same for longer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import openai
+import pytest
+
+from tests import tiny
+from tests.server import Server, alive, wait_until
+
+STREAMS = 16
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    # Wide enough that a stream lasts some seconds: a kill in the middle must find all of them running.
+    model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+    with Server(model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M") as running:
+        yield running.ready()
+
+
+def stream_all(server: Server, tokens: int, on_token=lambda i: None) -> list[str]:
+    """16 streams at once; even ones greedy, odd ones sampled with a seed."""
+    texts = [""] * STREAMS
+    failures: list[BaseException] = []
+
+    def one(i: int) -> None:
+        try:
+            with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+                # Kept apart from the prefix cache of earlier rounds by nothing: a hit must not change the text either.
+                stream = client.completions.create(
+                    model="tiny", prompt=f"stream {i} " * 20, max_tokens=tokens, temperature=float(i % 2), seed=i, stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                for chunk in stream:
+                    texts[i] += chunk.choices[0].text
+                    on_token(i)
+        except BaseException as e:
+            failures.append(e)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(STREAMS)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures, failures
+    return texts
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    return stream_all(server, 120)
+
+
+def victim(server: Server) -> int:
+    """The TE with most to do."""
+    return max((t for t in server.tes() if t["state"] == "ready"), key=lambda t: t["load"]["running"])["pid"]
+
+
+@pytest.mark.parametrize("when", ["decode", "decode again", "prefill"])
+def test_killed_te_is_replayed(server, undisturbed, when):
+    wait_until("all are well", lambda: server.get("/health")[0] == 200)
+    seen = [0]
+    begun = threading.Event()
+
+    def count(_: int) -> None:
+        seen[0] += 1
+        if seen[0] > STREAMS * 8:
+            begun.set()
+
+    def kill() -> None:
+        if when.startswith("decode"):
+            begun.wait(60)
+        else:
+            wait_until("a prefill runs", lambda: any(t["load"]["running"] + t["load"]["waiting"] for t in server.tes()))
+        pid = victim(server)
+        os.kill(pid, signal.SIGKILL)
+        told = time.monotonic()
+        wait_until("the death is seen", lambda: server.get("/health")[0] == 503 or all(t["pid"] != pid for t in server.tes()))
+        noticed.append(time.monotonic() - told)
+
+    noticed: list[float] = []
+    killer = threading.Thread(target=kill)
+    killer.start()
+    texts = stream_all(server, 120, count)
+    killer.join()
+    assert texts == undisturbed
+    assert noticed
+    wait_until("a new TE has come", lambda: server.get("/health")[0] == 200)
+    assert 'task_replays_total{model_name="tiny"} 0.0' not in server.get("/metrics")[1]
+
+
+def test_killed_keeper_disturbs_nobody_and_a_new_one_serves_the_next_te(server, undisturbed):
+    wait_until("all are well", lambda: server.get("/health")[0] == 200)
+    old = server.keeper()
+    pids = {t["pid"] for t in server.tes()}
+    killed = threading.Event()
+
+    def kill(_: int) -> None:
+        if not killed.is_set():
+            killed.set()
+            os.kill(old, signal.SIGKILL)
+
+    assert stream_all(server, 120, kill) == undisturbed
+    assert {t["pid"] for t in server.tes()} == pids, "no TE may have been restarted"
+    wait_until("a new keeper", lambda: server.keeper() not in (0, old))
+    os.kill(victim(server), signal.SIGKILL)
+    wait_until("the next TE", lambda: len({t["pid"] for t in server.tes()} - pids) == 1 and server.get("/health")[0] == 200)
+    assert stream_all(server, 120) == undisturbed
+
+
+def test_a_stopped_te_makes_health_fail(server):
+    wait_until("all are well", lambda: server.get("/health")[0] == 200)
+    pid = victim(server)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until("health fails", lambda: server.get("/health")[0] == 503)
+        assert alive(pid)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until("health recovers", lambda: server.get("/health")[0] == 200)

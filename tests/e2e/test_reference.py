@@ -1,0 +1,66 @@
+"""The default model against an independent implementation: greedy ids must be equal in float32, however the work is cut.
+
+tests/data/reference_greedy.json is made by tests/make_reference.py (transformers on the same file, dequantised by the gguf package).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deepserve import LLM, SamplingParams
+from tests.assets import default_model
+
+VECTORS = json.loads((Path(__file__).resolve().parent.parent / "data" / "reference_greedy.json").read_text())
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+SMALL = {"max_model_len": 2560, "kv_cache_memory_bytes": "2G"}
+
+
+def answers(llm: LLM, vectors: list[dict]) -> list[list[int]]:
+    return [out.outputs[0].token_ids for out in llm.generate([v["prompt"] for v in vectors], GREEDY)]
+
+
+WANT = [v["greedy"] for v in VECTORS]
+
+
+def test_there_are_twenty_prompts_of_mixed_length():
+    lengths = [len(v["prompt"]) for v in VECTORS]
+    assert len(lengths) == 20 and min(lengths) <= 2 and max(lengths) > 800 and all(len(w) == 64 for w in WANT)
+
+
+def test_all_at_once_then_alone_on_prefix_hits():
+    with LLM(default_model(), **SMALL) as llm:
+        assert answers(llm, VECTORS) == WANT, "cold, whole, all at once"
+        for vector in VECTORS:
+            (out,) = llm.generate([vector["prompt"]], GREEDY)
+            assert out.outputs[0].token_ids == vector["greedy"], "alone, on a prefix hit"
+            assert out.num_cached_tokens == (len(vector["prompt"]) - 1) // 16 * 16
+
+
+@pytest.mark.parametrize("overlapped", [True, False], ids=["overlapped", "plain"])
+def test_chunked_and_cold(overlapped):
+    with LLM(
+        default_model(), **SMALL, max_num_batched_tokens=80, enable_prefix_caching=False, async_scheduling=overlapped
+    ) as llm:
+        assert answers(llm, VECTORS) == WANT
+
+
+def test_alone_and_cold():
+    with LLM(default_model(), **SMALL, enable_prefix_caching=False) as llm:
+        for vector in VECTORS[::3]:
+            assert answers(llm, [vector]) == [vector["greedy"]]
+
+
+def test_three_vectors_made_again():
+    """The stored ids are what the independent implementation says today."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.make_reference import greedy
+
+    path = default_model()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for i in (1, 7, 14):
+            assert greedy(model, VECTORS[i]["prompt"], 64) == VECTORS[i]["greedy"]

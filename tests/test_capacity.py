@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from engine.capacity import PROCESS_BYTES, Machine, kv_bytes_per_token, machine, resolve, threads_for
+from engine.config import Config
+from engine.types import OutOfMemory, UserError
+
+GIB = 1 << 30
+
+
+@dataclass
+class Shape:
+    layers: int = 30
+    kv_heads: int = 3
+    head_dim: int = 64
+    max_len: int = 8192
+
+
+def test_automatic_values_are_resolved_with_their_reasons():
+    config, why = resolve(Config(), Shape(), GIB // 2, Machine(20 * GIB, 2))
+    assert (config.device, config.dtype, config.block_size, config.max_model_len) == ("cpu", "float32", 16, 8192)
+    assert config.kv_cache_memory_bytes == 4 * GIB // (46080 * 16) * (46080 * 16) and kv_bytes_per_token(Shape(), "float32") == 46080
+    assert set(why) == {"device", "dtype", "block_size", "max_model_len", "kv_cache_memory_bytes"}
+
+
+def test_a_small_machine_gets_a_shorter_context_and_says_so():
+    config, why = resolve(Config(), Shape(), GIB // 2, Machine(GIB + PROCESS_BYTES - (300 << 20), 2))
+    assert config.max_model_len is not None and config.max_model_len < 8192
+    assert why["max_model_len"] == "what the KV cache holds"
+    again, _ = resolve(Config(max_model_len=config.max_model_len), Shape(), GIB // 2, Machine(GIB + PROCESS_BYTES - (300 << 20), 2))
+    assert again.max_model_len == config.max_model_len
+
+
+def fitting(error: OutOfMemory, flag: str) -> int:
+    """The value an error message says would fit."""
+    return int(str(error).split(f"{flag} ")[-1].split()[0])
+
+
+def test_out_of_memory_names_the_flag_and_a_value_that_fits():
+    box = Machine(2 * GIB, 2)
+    with pytest.raises(OutOfMemory) as e:
+        resolve(Config(max_model_len=8192, kv_cache_memory_bytes=64 << 20), Shape(), GIB // 2, box)
+    assert e.value.param == "max_model_len"
+    length = fitting(e.value, "--max-model-len")
+    resolve(Config(max_model_len=length, kv_cache_memory_bytes=64 << 20), Shape(), GIB // 2, box)
+
+    with pytest.raises(OutOfMemory) as e:
+        resolve(Config(kv_cache_memory_bytes=8 * GIB), Shape(), GIB // 2, box)
+    assert e.value.param == "kv_cache_memory_bytes"
+    resolve(Config(kv_cache_memory_bytes=fitting(e.value, "--kv-cache-memory-bytes")), Shape(), GIB // 2, box)
+
+    with pytest.raises(OutOfMemory, match="--dtype bfloat16"):
+        resolve(Config(), Shape(), 3 * GIB, box)
+    with pytest.raises(OutOfMemory, match="no single KV block"):
+        resolve(Config(kv_cache_memory_bytes=1000), Shape(), GIB // 2, box)
+
+
+def test_impossible_settings_are_refused():
+    box = Machine(8 * GIB, 2)
+    with pytest.raises(UserError, match="8192 positions"):
+        resolve(Config(max_model_len=9000), Shape(), GIB, box)
+    with pytest.raises(UserError, match="--max-num-batched-tokens 64 or more"):
+        resolve(Config(max_num_batched_tokens=32), Shape(), GIB, box)
+    with pytest.raises(UserError, match="only 1"):
+        resolve(Config(tensor_parallel_size=2), Shape(), GIB, box)
+
+
+def test_threads_are_divided_among_tes():
+    assert [threads_for(Config(te=n), Machine(GIB, 4)) for n in (1, 2, 3, 9)] == [4, 2, 1, 1]
+
+
+def test_this_machine_can_be_read():
+    box = machine()
+    assert box.cores >= 1 and 0 < box.free_bytes < 1 << 50

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.config import Config, field_help, parse_size, resolve
+from engine.types import SamplingParams, UserError, checked, pack_ids, unpack_ids
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "deepserve.toml"
+    file.write_text('port = 9000\nmax-num-seqs = 8\nkv-cache-memory-bytes = "1.5G"\nserved-model-name = "a"\n')
+    config, origin = resolve({"port": "9001"}, file)
+    assert (config.port, config.max_num_seqs, config.kv_cache_memory_bytes, config.served_model_name) == (9001, 8, 3 << 29, ["a"])
+    assert origin["port"] == "flag --port" and origin["max_num_seqs"] == f"file {file}" and origin["te"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"port": "99999"}, "port"),
+        ({"port": "x"}, "port"),
+        ({"te": "0"}, "te"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"kv_cache_memory_bytes": "lots"}, "4G or 512M"),
+        ({"nonsense": "1"}, "no setting 'nonsense'"),
+    ],
+)
+def test_a_wrong_value_is_named(flags, says):
+    with pytest.raises(UserError, match=says):
+        resolve(flags)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        resolve({}, tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("port = = 1")
+    with pytest.raises(UserError, match="not TOML"):
+        resolve({}, tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("prot = 1")
+    with pytest.raises(UserError, match="no setting 'prot'"):
+        resolve({}, tmp_path / "bad.toml")
+
+
+def test_every_field_has_a_meaning():
+    for name in Config.__struct_fields__:
+        assert field_help(name), name
+
+
+def test_sizes():
+    assert [parse_size(t) for t in ("7", "2k", "4G", "512MiB", "1.5gb")] == [7, 2048, 4 << 30, 512 << 20, 3 << 29]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"top_p": 0.0}, {"n": 0}, {"n": 129}, {"seed": "x"}, {"stop": [3]}, {"logit_bias": {1: 101.0}}, {"logprobs": 99}],
+)
+def test_sampling_parameters_are_checked(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        checked(SamplingParams(**wrong))
+
+
+def test_sampling_parameters_that_contradict_each_other():
+    with pytest.raises(ValueError, match="min_tokens=9 is more than max_tokens=3"):
+        SamplingParams(min_tokens=9, max_tokens=3)
+    with pytest.raises(ValueError, match="empty string"):
+        SamplingParams(stop=[""])
+    assert SamplingParams(stop="x").stop == ["x"]  # type: ignore[arg-type]
+    assert checked(SamplingParams(logit_bias={5: 1.0}, seed=-3)).logit_bias == {5: 1.0}
+
+
+def test_ids_survive_the_wire():
+    ids = [0, 1, 49151, 2**31 - 1]
+    assert list(unpack_ids(pack_ids(ids))) == ids and len(pack_ids(ids)) == 16
