@@ -1,7 +1,7 @@
 """DeepServe's front door: the command line, the embeddable classes, and the wiring between them.
 
-    from deepserve import LLM, AsyncLLM, SamplingParams
-    print(LLM("smollm2-135m-instruct").chat([{"role": "user", "content": "Hello"}])[0].outputs[0].text)
+from deepserve import LLM, AsyncLLM, SamplingParams
+print(LLM("smollm2-135m-instruct").chat([{"role": "user", "content": "Hello"}])[0].outputs[0].text)
 """
 
 from __future__ import annotations
@@ -65,12 +65,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Outputs of one prompt or many (texts or token ids), in order. All run at once, batched by the engine."""
-        many: list[Any] = [prompts] if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)) else list(prompts)
+        many: list[Any] = (
+            [prompts] if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)) else list(prompts)
+        )
         assert self.engine is not None
         return self.call(gather(self.engine, self.engine.generate, many, sampling_params))
 
     def chat(
-        self, messages: list[Message] | list[list[Message]], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answers to one conversation or many."""
         many: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
@@ -108,9 +112,13 @@ async def gather(
     if not isinstance(params, Sequence):
         params = [params or SamplingParams()] * len(items)
     if len(params) != len(items):
-        raise UserError(f"{len(items)} prompts and {len(params)} sampling_params; give one for all or one each", "sampling_params")
+        raise UserError(
+            f"{len(items)} prompts and {len(params)} sampling_params; give one for all or one each", "sampling_params"
+        )
     widest = max((p.n for p in params), default=1)
-    room = asyncio.Semaphore(max(1, (engine.config.max_num_seqs * engine.config.te + engine.config.max_num_queued_reqs) // widest))
+    room = asyncio.Semaphore(
+        max(1, (engine.config.max_num_seqs * engine.config.te + engine.config.max_num_queued_reqs) // widest)
+    )
 
     async def one(item: Any, item_params: SamplingParams) -> RequestOutput:
         async with room:
@@ -120,8 +128,11 @@ async def gather(
             assert last is not None
             return last
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(i, p)) for i, p in zip(items, params, strict=True)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(i, p)) for i, p in zip(items, params, strict=True)]
+    except BaseExceptionGroup as e:
+        raise e.exceptions[0] from None  # the rest was cancelled because of it
     return [t.result() for t in tasks]
 
 
@@ -176,7 +187,9 @@ async def serve(config: Config) -> int:
     listener = None
     try:
         engine.start()
-        listener = await gateway.listen(gateway.build(engine, api_keys=config.api_key), config.host, config.port)
+        listener = await gateway.listen(
+            gateway.build(engine, api_keys=config.api_key, version=__version__), config.host, config.port
+        )
         say(f"listening on {listener.url}, loading {config.model}")
         waiting = asyncio.ensure_future(engine.ready())
         stopping = asyncio.ensure_future(stop.wait())
@@ -207,7 +220,9 @@ def announce(engine: AsyncLLM, url: str) -> None:
     say(f"TE {climb.te} ready after {climb.total:.2f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in climb.steps.items()))
     body = f'{{"model": "{engine.names[0]}", "stream": true, "messages": [{{"role": "user", "content": "Say hello"}}]}}'
     key = ' -H "Authorization: Bearer $KEY"' if engine.api_keys else ""
-    say(f"{engine.names[0]} is served at {url}; try:\n  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    say(
+        f"{engine.names[0]} is served at {url}; try:\n  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )
 
 
 async def show_config(config: Config, origin: dict[str, str]) -> int:
@@ -229,7 +244,7 @@ async def show_config(config: Config, origin: dict[str, str]) -> int:
 
 async def chat(args: argparse.Namespace) -> int:
     """A conversation with a running server, in the terminal."""
-    from sched.gateway.client import Client
+    from sched.gateway.client import Client, RequestFailed
 
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     settings = {k: v for k in ("temperature", "max_tokens", "seed") if (v := getattr(args, k)) is not None}
@@ -245,9 +260,12 @@ async def chat(args: argparse.Namespace) -> int:
                 return 0
             messages.append({"role": "user", "content": line})
             answer = ""
-            async for event in client.chat(messages, model=model, **settings):
-                print(event.text, end="", flush=True)
-                answer += event.text
+            try:
+                async for event in client.chat(messages, model=model, **settings):
+                    print(event.text, end="", flush=True)
+                    answer += event.text
+            except RequestFailed as e:
+                say(f"error: {e}")
             print()
             messages.append({"role": "assistant", "content": answer})
 

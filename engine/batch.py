@@ -181,7 +181,8 @@ class Batch:
             if decodes(seq) and self.grow(seq, seq.target):
                 plan.append(Work(seq, seq.done, 1, True, seq.epoch))
         self.admit()
-        prefills = [s for s in self.running if s.target - s.done > 1 or (s.scores is not None and s.done < s.known)]
+        planned = {w.seq.id for w in plan}
+        prefills = [s for s in self.running if s.done < s.known and s.id not in planned]
         for seq, count in share(prefills, self.max_tokens - len(plan)):
             if seq is self.running[0]:
                 self.grow(seq, seq.done + 1)  # the oldest always moves on, so prefills can't wait for each other's blocks

@@ -74,7 +74,9 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     Raises `OutOfMemory` or `UserError` naming the flag and a value that works."""
     why: dict[str, str] = {}
     if config.tensor_parallel_size != 1:
-        raise UserError("--tensor-parallel-size: only 1 is supported so far; use --te N for more executors", "tensor_parallel_size")
+        raise UserError(
+            "--tensor-parallel-size: only 1 is supported so far; use --te N for more executors", "tensor_parallel_size"
+        )
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise UserError(
             f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs {config.max_num_seqs}: every"

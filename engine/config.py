@@ -23,8 +23,14 @@ DType = Literal["auto", "float32", "bfloat16"]
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one server or one embedded engine."""
 
-    model: Annotated[str, Meta(description="a model's folder (config.json, safetensors, tokenizer.json), a GGUF file, or a name that `pull` knows")] = "smollm2-135m-instruct"
-    served_model_name: Annotated[list[str], Meta(description="names the model answers to; the first is its id in replies (default: derived from the model)")] = []
+    model: Annotated[
+        str,
+        Meta(description="a model's folder (config.json, safetensors, tokenizer.json), a GGUF file, or a name that `pull` knows"),
+    ] = "smollm2-135m-instruct"
+    served_model_name: Annotated[
+        list[str],
+        Meta(description="names the model answers to; the first is its id in replies (default: derived from the model)"),
+    ] = []
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[list[str], Meta(description="keys accepted as `Authorization: Bearer KEY`; none: no check")] = []
@@ -33,17 +39,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences a TE runs at once")] = 64
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20, description="tokens a step computes at most")] = 1024
-    max_num_queued_reqs: Annotated[int, Meta(ge=0, description="requests held beyond what the TEs run; one more gets 429 with Retry-After")] = 512
+    max_num_queued_reqs: Annotated[
+        int, Meta(ge=0, description="requests held beyond what the TEs run; one more gets 429 with Retry-After")
+    ] = 512
     block_size: Annotated[int, Meta(ge=1, le=1024)] | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     tensor_parallel_size: Annotated[int, Meta(ge=1, description="devices that share one TE's model (1 for now)")] = 1
     te: Annotated[int, Meta(ge=1, le=256, description="number of task executors")] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    async_scheduling: Annotated[bool, Meta(description="plan the next step while this one runs (--no-async-scheduling: the plain loop)")] = True
+    async_scheduling: Annotated[
+        bool, Meta(description="plan the next step while this one runs (--no-async-scheduling: the plain loop)")
+    ] = True
     enable_prefix_caching: Annotated[bool, Meta(description="share KV blocks of equal prompt prefixes")] = True
     chat_template: Annotated[str, Meta(description="a Jinja file, or the template itself, instead of the model's own")] = ""
     shutdown_timeout: Annotated[float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")] = 60.0
-    stall_timeout: Annotated[float, Meta(gt=0, description="seconds without a finished step after which a busy TE counts as stuck: /health fails, then the TE is replaced")] = 120.0
+    stall_timeout: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="seconds without a finished step after which a busy TE counts as stuck: /health fails, then the TE is replaced",
+        ),
+    ] = 120.0
 
 
 # Fields whose default is resolved later carry no bounds in their Optional wrapper that argparse could show; their help:
@@ -73,7 +89,7 @@ def parse_size(text: str) -> int:
     body = text.strip().lower().removesuffix("ib").removesuffix("b")
     digits = body.rstrip("kmgt")
     try:
-        return int(float(digits) * SIZE_SUFFIX[body[len(digits):]])
+        return int(float(digits) * SIZE_SUFFIX[body[len(digits) :]])
     except (ValueError, KeyError):
         raise UserError(f"{text!r} is not a size; write for example 4G or 512M") from None
 

@@ -137,10 +137,12 @@ class _End:
         while True:
             left = -1 if deadline is None else max(0, int((deadline - time.monotonic()) * 1e9))
             code = self._lib.ring_wait(self._ring, left)
-            if code == CLOSED:
-                raise self._failed(code)
             if code == 1:
                 return True
+            if code == GONE:
+                raise EOFError("the other end of the queue has closed")
+            if code == CLOSED:
+                raise self._failed(code)
             if left == 0 and code != INTERRUPTED:  # a signal's Python handler runs before the next turn
                 return False
 
@@ -176,7 +178,6 @@ class Sender(_End):
         self._outbox: deque[bytes] = deque()
         self._offset = 0  # bytes of the first waiting message that are already in the ring
         self._watching = False
-        self._waiters: list[asyncio.Future[None]] = []
         self._push = self._lib.ring_push
         self._one_record = self.capacity // 2 - 4  # the longest message that travels in one piece
 
@@ -220,14 +221,10 @@ class Sender(_End):
             else:
                 self._offset = max(done, self._offset)
                 return False
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
         return True
 
     def flush_blocking(self, timeout: float | None = None) -> bool:
-        """Wait until everything is in the ring (True) or `timeout` seconds have passed."""
+        """Wait until everything is in the ring (True) or `timeout` seconds have passed. Not while attached to a loop."""
         deadline = _deadline(timeout)
         while not self.flush():
             if not self._block(deadline):
@@ -248,17 +245,6 @@ class Sender(_End):
         if self._loop is not None:
             self._stop_watching()
             self._watching = False
-        for waiter in self._waiters:
-            waiter.cancel()
-        self._waiters.clear()
-
-    async def drained(self) -> None:
-        """Return once everything is in the ring. Needs an attached loop."""
-        while self._outbox:
-            assert self._loop is not None, "nothing pushes what waits: attach a loop first"
-            waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            await waiter
 
     def _await_room(self) -> None:
         assert self._loop is not None
@@ -344,16 +330,11 @@ class Receiver(_End):
         return messages
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until a message may be there (True) or `timeout` seconds have passed (False).
+        """Sleep until a message may be there (True) or `timeout` seconds have passed (False). Not while attached to a loop.
 
         Raises `EOFError` once the sender has closed and everything it sent was received.
         """
-        if not self._block(_deadline(timeout)):
-            return False
-        if self.peer_closed and self._lib.ring_sleep(self._open_ring):
-            self._lib.ring_wake(self._open_ring)
-            raise EOFError("the sender has closed its end of the queue")
-        return True
+        return self._block(_deadline(timeout))
 
     # ---- in an event loop --------------------------------------------------------------------------------------------
 

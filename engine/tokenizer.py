@@ -113,16 +113,16 @@ class Tokenizer:
         hidden = self.special_ids if skip_special else frozenset()
         return Detokenizer(texts, self._pieces, hidden, self._strips_space and not continues)
 
-    def token(self, i: int) -> str:
+    def token(self, id: int) -> str:
         """The token as the vocabulary spells it; "" for an id it hasn't."""
         try:
-            return self.backend.id_to_token(i) or ""
+            return self.backend.id_to_token(id) or ""
         except OverflowError:
             return ""
 
-    def token_bytes(self, i: int) -> bytes:
+    def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for, perhaps a part of a character; b"" for an id the vocabulary hasn't."""
-        return self._pieces[i]
+        return self._pieces[id]
 
 
 class Table(dict[int, Any]):
@@ -152,13 +152,13 @@ class Detokenizer:
         self._slow = strips  # whether the next token's text depends on what was before
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, i: int) -> str:
+    def feed(self, id: int) -> str:
         """The text that this token completes: "" while a character's bytes are incomplete."""
         if not self._slow:
-            text = self._texts[i]
+            text = self._texts[id]
             if text is not None:
                 return text
-        text = self._decoder.decode(b"" if i in self._hidden else self._pieces[i])
+        text = self._decoder.decode(b"" if id in self._hidden else self._pieces[id])
         if self._strips and text:
             text = text.removeprefix(" ")
             self._strips = False

@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 SLAB_ALIGN = 2 << 20  # a huge page, so that a slab can be made of them
 TENSOR_ALIGN = 64  # a cache line, and the widest vector register
-NUMPY_DTYPE: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # bfloat16 travels as its bits
+NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.uint16),
+}  # bfloat16 travels as its bits
 SAFETENSORS_TYPES = ("F32", "F16", "BF16")
 # In files, but of no use to anybody: rope tables that every implementation computes for itself.
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)

@@ -29,7 +29,9 @@ def findings() -> Iterator[Finding]:
     yield Finding(sys.version_info >= (3, 11), "python", version, "install Python 3.11 or newer")
     box = capacity.machine()
     yield Finding(True, "cpu", f"{platform.machine()}, {box.cores} cores usable, {instruction_sets()}")
-    yield Finding(box.free_bytes > 2 << 30, "memory", f"{capacity.gib(box.free_bytes)} free", "the default model needs about 2 GiB")
+    yield Finding(
+        box.free_bytes > 2 << 30, "memory", f"{capacity.gib(box.free_bytes)} free", "the default model needs about 2 GiB"
+    )
     compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
     try:
         native.load()

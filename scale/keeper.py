@@ -112,6 +112,7 @@ class Keeper:
         self.selector.register(control, selectors.EVENT_READ, self.leave)
         self.decoder = msgspec.msgpack.Decoder(ToKeeper)
         self.encoder = msgspec.msgpack.Encoder()
+        self.children: set[int] = set()  # not yet reaped
         self.leaving = False
 
     def run(self) -> None:
@@ -122,6 +123,9 @@ class Keeper:
         self.tell(Warm(os.getpid(), time.monotonic() - started))
         while not self.leaving:
             self.turn(None)
+        # The control process has closed the socket or is gone: nobody will ever own what still runs.
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
 
     def turn(self, timeout: float | None) -> None:
         for key, _ in self.selector.select(timeout):
@@ -137,7 +141,10 @@ class Keeper:
             self.leaving = True
 
     def receive(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, RING_FDS)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, RING_FDS)
+        except ConnectionResetError:
+            data, fds = b"", []
         if not data:
             self.leaving = True
             return
@@ -164,6 +171,7 @@ class Keeper:
         if pid == 0:
             os.close(reading)
             in_child(lambda: pack_into(order, slab, writing), self.control, "deepserve-pack")
+        self.children.add(pid)
         os.close(writing)
         chunks: list[bytes] = []
 
@@ -175,6 +183,7 @@ class Keeper:
             self.selector.unregister(reading)
             os.close(reading)
             _, status = os.waitpid(pid, 0)
+            self.children.discard(pid)
             self.packed(order, model, b"".join(chunks), os.waitstatus_to_exitcode(status), time.monotonic() - started)
 
         self.selector.register(reading, selectors.EVENT_READ, more)
@@ -224,6 +233,7 @@ class Keeper:
 
             self.sock.close()
             in_child(live, self.control, f"deepserve-te{order.te}")
+        self.children.add(pid)
         close_all(fds)
         pidfd = os.pidfd_open(pid)
 
@@ -231,6 +241,7 @@ class Keeper:
             self.selector.unregister(pidfd)
             os.close(pidfd)
             _, status = os.waitpid(pid, 0)
+            self.children.discard(pid)
             self.tell(Exited(order.te, pid, os.waitstatus_to_exitcode(status)))
 
         self.selector.register(pidfd, selectors.EVENT_READ, exited)

@@ -57,15 +57,19 @@ class KeeperClient:
         self.loop = loop
         loop.add_reader(self.sock, self.receive)
 
-    async def pack(self, key: str, path: str, dtype: str) -> Packed:
-        """The packed model; packs once however often asked. Raises `UserError` or `KeeperDied`."""
-        future = self.packs.get(key)
-        if future is None:
-            future = self.packs[key] = self.loop.create_future()
+    async def order_pack(self, key: str, path: str, dtype: str) -> None:
+        """Have a model packed, unless it was ordered before."""
+        if key not in self.packs:
+            self.packs[key] = self.loop.create_future()
             await self.send(Pack(key, path, dtype))
-        return await asyncio.shield(future)
 
-    async def spawn(self, te: int, key: str, config: Config, threads: int, rings: tuple[shmq.RingFds, shmq.RingFds]) -> tuple[Spawned, int]:
+    async def packed(self, key: str) -> Packed:
+        """Wait for an ordered pack. Raises `UserError` or `KeeperDied`."""
+        return await asyncio.shield(self.packs[key])
+
+    async def spawn(
+        self, te: int, key: str, config: Config, threads: int, rings: tuple[shmq.RingFds, shmq.RingFds]
+    ) -> tuple[Spawned, int]:
         """Fork a TE: its pid and a pidfd that the caller owns. Raises `KeeperDied`."""
         future = self.spawns[te] = self.loop.create_future()
         await self.send(Spawn(te, key, config, threads), [*rings[0].numbers(), *rings[1].numbers()])
@@ -110,6 +114,7 @@ class KeeperClient:
             elif isinstance(message, PackFailed):
                 if not self.packs[message.key].done():
                     self.packs[message.key].set_exception(UserError(message.why, message.param))
+                    self.packs[message.key].exception()  # a TE that waits gets it; with none it is no unretrieved error
             elif isinstance(message, Spawned):
                 future = self.spawns.pop(message.te)
                 if future.done():  # whoever asked was cancelled: nobody will own this TE

@@ -1,14 +1,15 @@
 """The scaling ladder: how one TE comes to be, in the paper's five steps, each timed.
 
-    scaler_pre     a keeper is there, its code imported
-    te_pre_load    the TE is forked, its device opened, its model built
-    te_load        weights: packed by the keeper (once a model), mapped by the TE
-    te_post_load   KV blocks, and one dummy request answered
-    scaler_post    the TE's announcement has reached the scheduler
+scaler_pre     a keeper is there, its code imported
+te_pre_load    the TE is forked, its device opened, its model built
+te_load        weights: packed by the keeper (once a model), mapped by the TE
+te_post_load   KV blocks, and one dummy request answered
+scaler_post    the TE's announcement has reached the scheduler
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -48,22 +49,25 @@ class Climb(msgspec.Struct):
 
 
 async def fork_te(
-    keeper: KeeperClient, plan: Plan, te: int, rings: tuple[shmq.RingFds, shmq.RingFds], clock: Callable[[], float] = time.monotonic
+    keeper: KeeperClient,
+    plan: Plan,
+    te: int,
+    rings: tuple[shmq.RingFds, shmq.RingFds],
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, int, Climb]:
     """Climb up to the fork: (pid, pidfd, the climb so far). The rest happens in the TE and ends with its `Ready`.
 
     Raises `UserError` (the model can't be packed) or `KeeperDied`."""
     climb = Climb(te, clock())
     mark = climb.began
-    pack = keeper.pack(plan.key, plan.path, plan.config.dtype)
-    packed = await pack
-    climb.steps["te_load"] = clock() - mark
-    mark = clock()
-    await keeper.warm
+    await keeper.order_pack(plan.key, plan.path, plan.config.dtype)  # goes on beside the imports
+    await asyncio.shield(keeper.warm)
     climb.steps["scaler_pre"] = clock() - mark
+    mark = clock()
+    await keeper.packed(plan.key)
+    climb.steps["te_load"] = clock() - mark
     mark = clock()
     spawned, pidfd = await keeper.spawn(te, plan.key, plan.config, plan.threads, rings)
     # The worker counts te_pre_load from just before the fork; what is left here is the way to the keeper.
     climb.steps["te_pre_load"] = max(0.0, clock() - mark - spawned.seconds)
-    assert packed.nbytes > 0
     return spawned.pid, pidfd, climb

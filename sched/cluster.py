@@ -14,7 +14,7 @@ import msgspec
 
 from engine.types import Failed, FromWorker, Load, Ready, Stop, UserError
 from scale import ladder
-from scale.keeper_client import KeeperClient, KeeperDied, readable
+from scale.keeper_client import KeeperClient, KeeperDied
 from sched.link import LocalLink
 
 TEState = Literal["starting", "loading", "ready", "stopping", "dead"]
@@ -31,6 +31,7 @@ NEXT: dict[tuple[TEState, str], TEState] = {
 # A TE or keeper that dies young is brought up again after these seconds; one that lived longer than STEADY starts the row anew.
 BACKOFF = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 STEADY = 10.0
+STILLBORN = 5  # starts in a row that never got ready, after which starting is given up: the next would end the same
 # How often a busy TE's heartbeat is looked at. The beat itself is a word in shared memory: looking costs no message.
 LOOK = 1.0
 IDLE_LIMIT = 5.0  # an idle TE whose beat is older than this many seconds is not healthy
@@ -88,6 +89,10 @@ class TE:
         self.move("died")
         self.dead.set()
 
+    def why(self) -> str:
+        """What ended it."""
+        return self.failure.why if self.failure is not None else f"TE {self.id} (pid {self.pid}) died"
+
     def stuck(self, now: float, limit: float) -> bool:
         """Its step loop has not come round for `limit` seconds. An idle TE's comes round every second."""
         return self.state == "ready" and self.link.beat_age(now) > limit
@@ -142,14 +147,15 @@ class Cluster:
             await asyncio.sleep(BACKOFF[min(deaths, len(BACKOFF) - 1)])
 
     async def keep_te(self, number: int) -> None:
-        deaths = 0
+        deaths = stillborn = 0
         while True:
             te = self.table[number] = TE(number, self.model, self.listener)
-            try:
-                lived = await self.bring_up_and_wait(te)
-                deaths = 0 if lived > STEADY else deaths + 1
-            finally:
-                te.link.close()
+            lived = await self.bring_up_and_wait(te)
+            te.link.close()
+            deaths = 0 if lived > STEADY else deaths + 1
+            stillborn = 0 if lived else stillborn + 1
+            if stillborn == STILLBORN:
+                raise UserError(f"TE {number} died {STILLBORN} times before it was ready; the last time: {te.why()}")
             self.restarts += 1
             await asyncio.sleep(BACKOFF[min(deaths, len(BACKOFF) - 1)])
 
@@ -159,7 +165,8 @@ class Cluster:
         assert self.keeper is not None
         try:
             te.pid, pidfd, te.climb = await ladder.fork_te(self.keeper, self.plan, te.id, te.link.rings)
-        except KeeperDied:
+        except KeeperDied as e:
+            te.failure = Failed(str(e))
             te.died()
             return 0.0
         te.link.watch(pidfd)
@@ -178,7 +185,7 @@ class Cluster:
             self.listener.ready(te)
             began = time.monotonic()
             await dead
-            self.listener.lost(te, te.failure.why if te.failure else f"TE {te.id} (pid {te.pid}) died")
+            self.listener.lost(te, te.why())
             return time.monotonic() - began
         finally:
             ready.cancel()
@@ -201,17 +208,15 @@ class Cluster:
 
     async def stop(self) -> None:
         """Ask every TE to leave, kill what doesn't, end the keeper."""
-        loop = asyncio.get_running_loop()
+        leaving = [te for te in self.table.values() if te.state == "ready"]
+        for te in leaving:
+            te.link.send(Stop())
+            te.move("stop")
+        end = time.monotonic() + STOP_GRACE
+        for te in leaving:
+            await te.link.ended(end - time.monotonic())
         for te in self.table.values():
-            if te.state == "ready":
-                te.link.send(Stop())
-                te.move("stop")
-        for te in self.table.values():
-            if te.link.pidfd >= 0:
-                if te.state == "stopping":
-                    loop.remove_reader(te.link.pidfd)
-                    await readable(loop, te.link.pidfd, STOP_GRACE)
-                te.link.close()
+            te.link.close()
         if self.keeper is not None:
             await self.keeper.close()
 

@@ -110,7 +110,11 @@ class JobExecutor:
         """Take a request in and place its tasks. Raises `Overloaded`."""
         now, params = time.time(), submission.params
         record = Request(
-            id=submission.id, trace_id=submission.trace_id, model=submission.model, kind=submission.kind, life=born("request", now)
+            id=submission.id,
+            trace_id=submission.trace_id,
+            model=submission.model,
+            kind=submission.kind,
+            life=born("request", now),
         )
         self.remember(record)
         count = len(submission.prompts) * params.n
@@ -157,7 +161,7 @@ class JobExecutor:
         self.place()
 
     def sample(self, choice: int, seed: int, params: SamplingParams) -> LiveSample:
-        detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens)
+        detokenizer = self.tokenizer.detokenizer(params.skip_special_tokens, continues=True)
         text = Text(detokenizer, params.stop, params.include_stop_str_in_output, params.min_tokens)
         return LiveSample(choice, seed & (2**63 - 1), text, array("i"))
 
@@ -304,7 +308,9 @@ class JobExecutor:
             if all(s.over for s in entry.samples):
                 self.task_done(entry, now)
 
-    def take(self, entry: LiveTask, sample: LiveSample, token: int, finish: int, logprobs: TokenLogprobs | None, now: float) -> None:
+    def take(
+        self, entry: LiveTask, sample: LiveSample, token: int, finish: int, logprobs: TokenLogprobs | None, now: float
+    ) -> None:
         """One sequence's news: its delta, its end."""
         text, hit, reason = "", None, None
         ids: list[int] = []

@@ -15,6 +15,7 @@ import msgspec
 
 from engine import shmq
 from engine.types import FromWorker, ToWorker
+from scale.keeper_client import readable
 
 RING_BYTES = 1 << 20  # a step of 64 sequences is under 2 KiB; a 100 000 token prompt is 400 kB and still travels in one piece
 
@@ -63,13 +64,18 @@ class LocalLink:
         self.receive(self.receiver.receive())
         self.closed()
 
+    async def ended(self, timeout: float) -> bool:
+        """Wait for the TE's end without telling `closed`; False after `timeout` seconds."""
+        self.loop.remove_reader(self.pidfd)
+        return await readable(self.loop, self.pidfd, timeout)
+
     def kill(self) -> None:
         if self.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        """Release everything here; a TE that still lives is killed."""
+        """Release everything here; a TE that still lives is killed. Idempotent."""
         self.kill()
         if self.pidfd >= 0:
             self.loop.remove_reader(self.pidfd)

@@ -13,9 +13,76 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from sched.cluster import Cluster
 
 # vLLM's bucket bounds, in seconds.
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
-TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-WHOLE = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+)
+TOKEN = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+WHOLE = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+    7680.0,
+)
 LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 SCALE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -43,13 +110,19 @@ class Metrics:
         self.replays = counter("task_replays", "Tasks started again after their TE died").labels(model)
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN)
         self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a sequence", TOKEN)
-        self.per_token = histogram("request_time_per_output_token_seconds", "A request's mean time per token after the first", TOKEN)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "A request's mean time per token after the first", TOKEN
+        )
         self.whole = histogram("e2e_request_latency_seconds", "Arrival to last token", WHOLE)
         self.queued = histogram("request_queue_time_seconds", "Arrival to the first prefill chunk", FIRST_TOKEN)
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request", LENGTH)
         self.request_generation = histogram("request_generation_tokens", "Generated tokens of a request", LENGTH)
         scale = Histogram(
-            "deepserve:scale_step_seconds", "Scaling ladder: seconds by step", (*label, "step"), registry=self.registry, buckets=SCALE
+            "deepserve:scale_step_seconds",
+            "Scaling ladder: seconds by step",
+            (*label, "step"),
+            registry=self.registry,
+            buckets=SCALE,
         )
         self.scale_step: Callable[[str], Histogram] = lambda step: scale.labels(model, step)
 
@@ -73,7 +146,9 @@ class TableCollector:
         tes = list(self.cluster.table.values())
         names = ("model_name", "worker", "role")
 
-        def family(kind: type[GaugeMetricFamily] | type[CounterMetricFamily], stem: str, text: str, read: Callable[..., float]) -> Metric:
+        def family(
+            kind: type[GaugeMetricFamily] | type[CounterMetricFamily], stem: str, text: str, read: Callable[..., float]
+        ) -> Metric:
             made = kind(f"deepserve:{stem}", text, labels=names)
             for te in tes:
                 made.add_metric((self.model, str(te.id), te.role), read(te))
@@ -82,10 +157,14 @@ class TableCollector:
         gauge, count = GaugeMetricFamily, CounterMetricFamily
         yield family(gauge, "num_requests_running", "Sequences in the running batch", lambda te: te.load.running)
         yield family(gauge, "num_requests_waiting", "Sequences waiting in a TE", lambda te: te.load.waiting)
-        yield family(gauge, "kv_cache_usage_perc", "Used share of KV blocks", lambda te: te.load.blocks_used / max(1, te.load.blocks_total))
+        yield family(
+            gauge, "kv_cache_usage_perc", "Used share of KV blocks", lambda te: te.load.blocks_used / max(1, te.load.blocks_total)
+        )
         yield family(gauge, "te_ready", "1 where the TE takes tasks", lambda te: te.state == "ready")
         yield family(count, "num_preemptions", "Sequences that lost their blocks", lambda te: te.load.preemptions)
-        yield family(count, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda te: te.load.prefix_queries)
+        yield family(
+            count, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache", lambda te: te.load.prefix_queries
+        )
         yield family(count, "prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda te: te.load.prefix_hits)
         yield family(count, "iterations", "Steps", lambda te: te.load.steps)
         plain = (

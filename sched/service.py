@@ -123,7 +123,7 @@ class AsyncLLM:
             cluster = self.cluster = Cluster(plan, self.names[0], config.te, je, config.stall_timeout)
             metrics.watch(cluster, lambda: len(je.held))
             self.running = asyncio.create_task(self.keep_running(cluster), name="deepserve-cluster")
-            je.tokenizer = self.tokenizer = await asyncio.to_thread(Tokenizer.load, path, chat_template(config))
+            je.tokenizer = self.tokenizer = await asyncio.to_thread(Tokenizer.load, path, config.chat_template)
         except UserError as e:
             self.fail(e)
             raise
@@ -159,8 +159,7 @@ class AsyncLLM:
         for task in (self.starting, self.running):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, UserError):
-                    await task
+                await asyncio.wait((task,))  # its error, if any, was told by `ready` and /health
         self.running = None
         if self.je is not None:
             self.je.give_up("the server is shutting down")
@@ -282,17 +281,6 @@ def read_model(path: Path, asked: Config) -> tuple[Config, dict[str, str]]:
     return capacity.resolve(asked, model, weights.packed_size(model.weights(), dtype), capacity.machine())
 
 
-def chat_template(config: Config) -> str:
-    """The text of --chat-template: a file's content, or the value itself where it can only be a template."""
-    value = config.chat_template
-    if not value or "{{" in value or "{%" in value:
-        return value
-    try:
-        return Path(value).read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--chat-template {value}: {e}", "chat_template") from None
-
-
 def check_fits(submission: Submission, served: ServedModel) -> None:
     """Raises `UserError` where a prompt is empty, has ids that are none, or leaves no room."""
     for prompt in submission.prompts:
@@ -303,7 +291,8 @@ def check_fits(submission: Submission, served: ServedModel) -> None:
         wanted = submission.params.max_tokens
         if len(prompt) + (wanted is None or wanted > 0) > served.max_model_len:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens and the model's context holds {served.max_model_len}, output included", "prompt"
+                f"the prompt has {len(prompt)} tokens and the model's context holds {served.max_model_len}, output included",
+                "prompt",
             )
     for name, ids in (("logit_bias", submission.params.logit_bias), ("stop_token_ids", submission.params.stop_token_ids)):
         if any(not 0 <= i < served.tokenizer.vocab_size for i in ids):

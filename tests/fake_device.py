@@ -95,7 +95,9 @@ class FakeDevice:
         scores = None
         if len(step.score_ids):
             # The "probability" of a scored id is a number made of its history and itself: enough to see that rows line up.
-            chosen = [-(zlib.crc32(h.tobytes()) % 1000) - float(t) for h, t in zip(history[len(out) :], step.score_ids, strict=True)]
+            chosen = [
+                -(zlib.crc32(h.tobytes()) % 1000) - float(t) for h, t in zip(history[len(out) :], step.score_ids, strict=True)
+            ]
             top = np.zeros((len(chosen), step.score_top), np.float32)
             scores = Logprobs(np.array(chosen, np.float32), np.ones(len(chosen), np.int32), top.astype(np.int32), top)
         return StepOutput(np.array(out, np.int32), None, scores)
@@ -122,7 +124,16 @@ class ListInbox:
 class Engine:
     """Batch, executor and core over the fake device, driven a step at a time."""
 
-    def __init__(self, *, blocks: int = 64, block_size: int = 4, max_seqs: int = 8, max_tokens: int = 32, max_len: int = 64, caching: bool = True):
+    def __init__(
+        self,
+        *,
+        blocks: int = 64,
+        block_size: int = 4,
+        max_seqs: int = 8,
+        max_tokens: int = 32,
+        max_len: int = 64,
+        caching: bool = True,
+    ):
         self.rtc = RTC(blocks, block_size, caching)
         self.batch = Batch(self.rtc, max_seqs=max_seqs, max_tokens=max_tokens, max_len=max_len)
         self.device = FakeDevice(blocks, block_size)
@@ -136,7 +147,18 @@ class Engine:
         self.scores: dict[int, list] = {}
         self.refused: list[Refused] = []
 
-    def start(self, task: int, prompt: list[int], max_tokens: int, *, n: int = 1, seed: int = 0, stop: Iterable[int] = (), generated=(), **more):
+    def start(
+        self,
+        task: int,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        n: int = 1,
+        seed: int = 0,
+        stop: Iterable[int] = (),
+        generated=(),
+        **more,
+    ):
         salt, priority = more.pop("salt", b""), more.pop("priority", 0)
         params = SamplingParams(max_tokens=max_tokens, n=n, **more)
         samples = [Sample(i, pack_ids(list(generated)), seed + i) for i in range(n)]

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m tests.make_reference
 
-`transformers` loads the same GGUF file (dequantised to float32 by the `gguf` package, not by us) and continues 20 prompts of mixed length
-by 64 tokens, end-of-text ignored. Prompt ids are stored too, so the comparison is of models and not of tokenizers.
+`transformers` runs the weights of the same GGUF file, dequantised to float32 by the `gguf` package and not by us, and continues 20 prompts of
+mixed length by 64 tokens, end-of-text ignored. Prompt ids are stored too, so the comparison is of models and not of tokenizers.
 """
 
 from __future__ import annotations
@@ -58,14 +58,13 @@ PROMPTS = [
 
 def main() -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from engine.tokenizer import Tokenizer
     from scale import pull
 
     path = pull.resolve("smollm2-135m-instruct")
     tokenizer = Tokenizer.load(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = load(path)
     vectors = []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, add_special=False)
@@ -75,6 +74,59 @@ def main() -> None:
         print(len(ids), repr(tokenizer.decode(out))[:100], flush=True)
     lines = ",\n".join(json.dumps(v) for v in vectors)
     OUT.write_text(f"[\n{lines}\n]\n")
+
+
+def load(path: Path):
+    """The GGUF file as a transformers model in float32, without any code of ours."""
+    import gguf
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)  # torch's threads wait for each other by spinning: beside any other load two are slower than one
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> float:
+        return reader.get_field(f"llama.{name}").contents()
+
+    heads, kv_heads = field("attention.head_count"), field("attention.head_count_kv")
+    config = LlamaConfig(
+        hidden_size=field("embedding_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=field("feed_forward_length"),
+        vocab_size=field("vocab_size"),
+        max_position_embeddings=field("context_length"),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        tie_word_embeddings=True,
+    )
+    names = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+    }
+    names |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    names |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    whole = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    state = {}
+    for tensor in reader.tensors:
+        values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        stem = tensor.name.removesuffix(".weight")
+        if stem in whole:
+            state[whole[stem] + ".weight"] = values
+            continue
+        _, layer, part = stem.split(".")
+        if part in ("attn_q", "attn_k"):  # llama.cpp keeps rotary pairs side by side, transformers in halves
+            count = heads if part == "attn_q" else kv_heads
+            values = values.view(count, len(values) // count // 2, 2, -1).transpose(1, 2).reshape(values.shape)
+        state[f"model.layers.{layer}.{names[part]}.weight"] = values
+    model = LlamaForCausalLM(config).float().eval()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    return model
 
 
 def greedy(model, ids: list[int], count: int) -> list[int]:

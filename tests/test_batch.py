@@ -185,8 +185,12 @@ def test_random_walk(seed, overlapped, caching):
     rng = random.Random(seed)
     size = rng.choice([1, 2, 4])
     engine = Engine(
-        blocks=rng.randrange(48 // size + 1, 160 // size), block_size=size, max_seqs=rng.randrange(1, 6),
-        max_tokens=rng.randrange(6, 24), max_len=48, caching=caching,
+        blocks=rng.randrange(48 // size + 1, 160 // size),
+        block_size=size,
+        max_seqs=rng.randrange(1, 6),
+        max_tokens=rng.randrange(6, 24),
+        max_len=48,
+        caching=caching,
     )
     wanted: dict[int, list[int]] = {}
     aborted: set[int] = set()

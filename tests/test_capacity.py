@@ -22,7 +22,9 @@ class Shape:
 def test_automatic_values_are_resolved_with_their_reasons():
     config, why = resolve(Config(), Shape(), GIB // 2, Machine(20 * GIB, 2))
     assert (config.device, config.dtype, config.block_size, config.max_model_len) == ("cpu", "float32", 16, 8192)
-    assert config.kv_cache_memory_bytes == 4 * GIB // (46080 * 16) * (46080 * 16) and kv_bytes_per_token(Shape(), "float32") == 46080
+    assert (
+        config.kv_cache_memory_bytes == 4 * GIB // (46080 * 16) * (46080 * 16) and kv_bytes_per_token(Shape(), "float32") == 46080
+    )
     assert set(why) == {"device", "dtype", "block_size", "max_model_len", "kv_cache_memory_bytes"}
 
 
@@ -30,7 +32,9 @@ def test_a_small_machine_gets_a_shorter_context_and_says_so():
     config, why = resolve(Config(), Shape(), GIB // 2, Machine(GIB + PROCESS_BYTES - (300 << 20), 2))
     assert config.max_model_len is not None and config.max_model_len < 8192
     assert why["max_model_len"] == "what the KV cache holds"
-    again, _ = resolve(Config(max_model_len=config.max_model_len), Shape(), GIB // 2, Machine(GIB + PROCESS_BYTES - (300 << 20), 2))
+    again, _ = resolve(
+        Config(max_model_len=config.max_model_len), Shape(), GIB // 2, Machine(GIB + PROCESS_BYTES - (300 << 20), 2)
+    )
     assert again.max_model_len == config.max_model_len
 
 

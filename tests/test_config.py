@@ -52,7 +52,16 @@ def test_sizes():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"n": 0}, {"n": 129}, {"seed": "x"}, {"stop": [3]}, {"logit_bias": {1: 101.0}}, {"logprobs": 99}],
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"n": 0},
+        {"n": 129},
+        {"seed": "x"},
+        {"stop": [3]},
+        {"logit_bias": {1: 101.0}},
+        {"logprobs": 99},
+    ],
 )
 def test_sampling_parameters_are_checked(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

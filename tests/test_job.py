@@ -49,7 +49,10 @@ def test_random_events_either_follow_the_table_or_raise(data):
 def test_ending_a_request_ends_what_is_left_of_it():
     request = Request(id="r", trace_id="t", model="m", kind="chat", life=born("request", 0.0))
     done, running = Task(id=1, kind="unified", life=born("task", 0.0)), Task(id=2, kind="unified", life=born("task", 0.0))
-    request.jobs = [Job(id="a", kind="serving", life=born("job", 0.0), tasks=[done]), Job(id="b", kind="serving", life=born("job", 0.0), tasks=[running])]
+    request.jobs = [
+        Job(id="a", kind="serving", life=born("job", 0.0), tasks=[done]),
+        Job(id="b", kind="serving", life=born("job", 0.0), tasks=[running]),
+    ]
     request.life.move("admit", 1.0)
     for task in (done, running):
         task.life.move("dispatch", 1.0)

@@ -24,7 +24,7 @@ class Letters:
 
     eos_ids = frozenset({EOS})
 
-    def detokenizer(self, skip_special: bool) -> Letters:
+    def detokenizer(self, skip_special: bool, continues: bool) -> Letters:
         return self
 
     def feed(self, token: int) -> str:
@@ -60,7 +60,15 @@ class Scene:
             self.je.ready(te)  # type: ignore[arg-type]
 
     def submit(self, name: str = "r", prompts=((65, 66),), **params):
-        live = self.je.admit(Submission(id=name, trace_id="t-" + name, model="m", prompts=[array("i", p) for p in prompts], params=SamplingParams(**params)))
+        live = self.je.admit(
+            Submission(
+                id=name,
+                trace_id="t-" + name,
+                model="m",
+                prompts=[array("i", p) for p in prompts],
+                params=SamplingParams(**params),
+            )
+        )
         got: list[Delta] = []
         live.stream.sink = got.extend
         return live, got
@@ -90,7 +98,12 @@ def test_a_request_becomes_one_job_and_one_task_and_ends():
     s = Scene()
     live, got = s.submit(max_tokens=3)
     (start,) = s.tes[0].sent
-    assert isinstance(start, Start) and list(unpack_ids(start.prompt)) == [65, 66] and start.max_tokens == 3 and EOS in start.stop_ids
+    assert (
+        isinstance(start, Start)
+        and list(unpack_ids(start.prompt)) == [65, 66]
+        and start.max_tokens == 3
+        and EOS in start.stop_ids
+    )
     assert s.tes[0].sequences == 1 and s.tes[0].prompt_tokens == 2
     seq = sequence_id(start.task, 0)
     s.speak(s.tes[0], [(seq, 67, 0)], first=(seq,), cached=1)
@@ -133,7 +146,7 @@ def test_stop_token_is_named():
 def test_a_dead_te_is_replayed_on_another_and_the_stream_goes_on():
     s = Scene(tes=2)
     live, got = s.submit(n=2, max_tokens=5, seed=7)
-    first, second = (s.tes if s.tes[0].sent else s.tes[::-1])
+    first, second = s.tes if s.tes[0].sent else s.tes[::-1]
     task = first.sent[0].task
     a, b = sequence_id(task, 0), sequence_id(task, 1)
     s.speak(first, [(a, 65, 0)], first=(a,))
@@ -215,4 +228,3 @@ def test_load_goes_to_the_idler_te():
     for i in range(6):
         s.submit(str(i))
     assert [te.sequences for te in s.tes] == [3, 3]
-

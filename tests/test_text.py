@@ -45,12 +45,14 @@ def test_no_half_stop_string_ever_leaks(text, stops, include, data):
         if hit is None and not include:
             for stop in stops:
                 assert stop not in shown
-                assert not any(shown.endswith(stop[:k]) and matcher.held == "" and rest.startswith(stop[k:]) for k in range(1, len(stop)))
+                assert not any(
+                    shown.endswith(stop[:k]) and matcher.held == "" and rest.startswith(stop[k:]) for k in range(1, len(stop))
+                )
     if hit is None:
         shown += matcher.flush()
     consumed = text[: len(text) - len(rest)]
     want, _ = plain(consumed, stops, include)
-    assert (shown == want) or hit is not None and include and shown.startswith(want)
+    assert (shown == want) or (hit is not None and include and shown.startswith(want))
     assert (hit is None) == (plain(text, stops, include)[1] is None)
 
 

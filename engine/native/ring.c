@@ -292,12 +292,12 @@ void ds_ring_wake(void *handle) {
     while (read(e->my_bell, &rings, sizeof rings) < 0 && errno == EINTR) {}
 }
 
-/* Blocks until there is something to do or the peer has closed (1), `timeout_ns` has passed (0; negative: never) or a signal
- * came (INTERRUPTED). May return 0 early: the caller keeps the deadline. */
+/* Blocks until there is something to do (1), the peer has closed and there never will be (GONE), `timeout_ns` has passed (0;
+ * negative: never) or a signal came (INTERRUPTED). May return 0 early: the caller keeps the deadline. */
 int ds_ring_wait(void *handle, int64_t timeout_ns) {
     end *e = handle;
     if (!e) return CLOSED;
-    if (!announce(e, BLOCKED)) return 1;
+    if (ready(e) || !announce(e, BLOCKED)) return 1;
     int interrupted = 0;
     if (!ds_ring_peer_closed(e)) {
         struct timespec limit = {timeout_ns / 1000000000, timeout_ns % 1000000000};
@@ -305,6 +305,7 @@ int ds_ring_wait(void *handle, int64_t timeout_ns) {
         interrupted = slept < 0 && errno == EINTR;
     }
     atomic_store_explicit(&e->me->waits, AWAKE, memory_order_relaxed);
-    if (ready(e) || ds_ring_peer_closed(e)) return 1;
-    return interrupted ? INTERRUPTED : 0;
+    int closed = ds_ring_peer_closed(e); /* first: what was sent before closing counts */
+    if (ready(e)) return 1;
+    return closed ? GONE : interrupted ? INTERRUPTED : 0;
 }

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import aiohttp
 import orjson
 
+from engine.types import UserError
 
-class RequestFailed(Exception):
+
+class RequestFailed(UserError):
     """The server refused, broke off or could not be reached. `status` is 0 where there was no answer."""
 
     def __init__(self, message: str, status: int = 0, param: str | None = None):
-        super().__init__(message)
+        super().__init__(message, param)
         self.status = status
-        self.param = param
 
 
 class Event(NamedTuple):
@@ -104,8 +105,12 @@ class Client:
     def unreachable(self, error: Exception) -> RequestFailed:
         return RequestFailed(f"no answer from {self.root}: {error or type(error).__name__}")
 
-    async def models(self) -> list[dict[str, Any]]:
-        return (await self.ask("GET", "/v1/models"))["data"]
+    async def models(self) -> list[str]:
+        """The ids of what the server serves."""
+        try:
+            return [model["id"] for model in (await self.ask("GET", "/v1/models"))["data"]]
+        except (KeyError, TypeError):
+            raise RequestFailed(f"/v1/models lists no models; is {self.root} an OpenAI-compatible server?") from None
 
     def chat(self, messages: list[dict[str, Any]], model: str | None = None, **params: Any) -> AsyncGenerator[Event, None]:
         """The chunks of a streamed chat. Leaving the iteration early (aclose) cancels it at the server."""
@@ -142,6 +147,8 @@ class Client:
                         yield Event(at, text or "", finish, usage, choice.get("index", 0))
                     if not chunk.get("choices") and usage:
                         yield Event(at, "", None, usage)
+        except RequestFailed:
+            raise
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             raise self.unreachable(e) from None
         except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -14,20 +14,14 @@ from sched.gateway import errors, prompt, schema, shapes
 from sched.gateway.face import Model, Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
 from sched.gateway.sse import EventStream
-from sched.stream import Submission
+from sched.stream import Delta, Submission
 
 log = logging.getLogger(__name__)
 
 
 async def served(service: Service, name: str | None) -> Model:
-    """The model asked for; a server of one model needs no name."""
-    if name is None:
-        cards = service.models()
-        if len(cards) != 1:
-            message = f"model: this field is required; here are {', '.join(c.id for c in cards) or 'none'}"
-            raise errors.Problem(message, "model", code="missing_required_parameter")
-        name = cards[0].id
-    return await service.model(name)
+    """The model asked for; a caller who names none gets the one there is, as with vLLM."""
+    return await service.model(name or "")
 
 
 def new_id(prefix: str) -> str:
@@ -114,9 +108,16 @@ async def answer(
             body = shape.whole(gathering, stream.usage)
             return web.Response(body=body, content_type="application/json")
         events = EventStream(request, request.app[HEART])
+
+        def deliver(deltas: list[Delta]) -> None:
+            try:
+                events.send(shape.chunks(deltas))
+            except Exception as e:  # this runs inside the service's own callback: what fails here is this request's alone
+                stream.fail(e)
+
         try:
             await events.open()
-            await stream.run(lambda deltas: events.send(shape.chunks(deltas)))
+            await stream.run(deliver)
             events.send(shape.tail(stream.usage))
         except Exception as e:  # too late for a status: the error is the stream's last event
             found = errors.problem(e, request)

@@ -20,7 +20,9 @@ STREAMS = 16
 def server(tmp_path_factory):
     # Wide enough that a stream lasts some seconds: a kill in the middle must find all of them running.
     model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
-    with Server(model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M") as running:
+    with Server(
+        model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M"
+    ) as running:
         yield running.ready()
 
 
@@ -34,7 +36,12 @@ def stream_all(server: Server, tokens: int, on_token=lambda i: None) -> list[str
             with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
                 # Kept apart from the prefix cache of earlier rounds by nothing: a hit must not change the text either.
                 stream = client.completions.create(
-                    model="tiny", prompt=f"stream {i} " * 20, max_tokens=tokens, temperature=float(i % 2), seed=i, stream=True,
+                    model="tiny",
+                    prompt=f"stream {i} " * 20,
+                    max_tokens=tokens,
+                    temperature=float(i % 2),
+                    seed=i,
+                    stream=True,
                     extra_body={"ignore_eos": True},
                 )
                 for chunk in stream:

@@ -55,12 +55,11 @@ def test_alone_and_cold():
 
 def test_three_vectors_made_again():
     """The stored ids are what the independent implementation says today."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from tests.make_reference import greedy
+    import torch
 
-    path = default_model()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    from tests.make_reference import greedy, load
+
+    model = load(default_model())
     with torch.inference_mode():
         for i in (1, 7, 14):
             assert greedy(model, VECTORS[i]["prompt"], 64) == VECTORS[i]["greedy"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import json
 import signal
 import threading
@@ -49,7 +52,9 @@ def test_stream_and_whole_answer_are_the_same(client):
 
 def test_sampling_with_a_seed_repeats_itself_in_any_company(client):
     def ask(**more):
-        return client.completions.create(model="tiny", prompt="abc", max_tokens=24, temperature=1.0, seed=11, extra_body={"ignore_eos": True}, **more)
+        return client.completions.create(
+            model="tiny", prompt="abc", max_tokens=24, temperature=1.0, seed=11, extra_body={"ignore_eos": True}, **more
+        )
 
     alone = ask().choices[0].text
     texts = [""] * 8
@@ -66,7 +71,9 @@ def test_sampling_with_a_seed_repeats_itself_in_any_company(client):
 
 
 def test_n_logprobs_and_echo(client):
-    reply = client.completions.create(model="tiny", prompt="hello", max_tokens=5, n=3, temperature=1.0, logprobs=2, echo=True, seed=3)
+    reply = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=5, n=3, temperature=1.0, logprobs=2, echo=True, seed=3
+    )
     assert len(reply.choices) == 3 and all(c.text.startswith("hello") for c in reply.choices)
     lp = reply.choices[0].logprobs
     assert lp.token_logprobs[0] is None and all(x <= 0 for x in lp.token_logprobs[1:])
@@ -80,7 +87,10 @@ def test_n_logprobs_and_echo(client):
 def test_prefix_hits_are_reported(client):
     prompt = "x" * 200
     first = client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
-    seen = [client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens for _ in range(3)]
+    seen = [
+        client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens
+        for _ in range(3)
+    ]
     assert first.usage.prompt_tokens == 200 and max(seen) == 192
 
 
@@ -103,22 +113,31 @@ def test_the_job_view(server):
 
 def test_executors_health_metrics(server):
     tes = server.tes()
-    assert [t["id"] for t in tes] == [0, 1] and all(t["state"] == "ready" and alive(t["pid"]) and t["role"] == "colocated" for t in tes)
+    assert [t["id"] for t in tes] == [0, 1] and all(
+        t["state"] == "ready" and alive(t["pid"]) and t["role"] == "colocated" for t in tes
+    )
     assert set(tes[0]["scale_steps_s"]) == {"scaler_pre", "te_pre_load", "te_load", "te_post_load", "scaler_post"}
     status, text = server.get("/metrics")
     assert status == 200
-    for stem in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total", "num_preemptions_total"):
+    for stem in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prefix_cache_hits_total",
+        "num_preemptions_total",
+    ):
         assert f'deepserve:{stem}{{model_name="tiny"' in text, stem
-    for stem in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+    for stem in (
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+    ):
         assert f"deepserve:{stem}_bucket" in text, stem
 
 
 def test_bad_input_leaves_the_real_server_serving(server):
-    failed = []
-    for case in test_bad_input.cases():
-        if (problem := test_bad_input.judge(server.url, case)) is not None:
-            failed.append(f"{case}: {problem}")
-    assert not failed, "\n".join(failed)
+    assert asyncio.run(test_bad_input.misbehave(server.url)) == []
     assert server.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2})[0] == 200
     assert server.get("/health")[0] == 200
 
@@ -148,14 +167,20 @@ def test_sigterm_drains_and_a_full_queue_says_when_to_come_again(model):
         threads = [threading.Thread(target=lambda: got.append(server.post("/v1/completions", body))) for _ in range(3)]
         for t in threads:
             t.start()
-        wait_until("three run", lambda: server.get("/metrics")[1].count('generation_tokens_total{model_name="tiny"}') and busy(server) >= 2)
-        request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body | {"n": 2}).encode(), {"Content-Type": "application/json"})
+        wait_until(
+            "three run",
+            lambda: server.get("/metrics")[1].count('generation_tokens_total{model_name="tiny"}') and busy(server) >= 2,
+        )
+        request = urllib.request.Request(
+            server.url + "/v1/completions", json.dumps(body | {"n": 2}).encode(), {"Content-Type": "application/json"}
+        )
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request)
         with refused.value as e:
             assert e.code == 429 and int(e.headers["Retry-After"]) >= 1 and json.loads(e.read())["error"]["message"]
         server.signal(signal.SIGTERM)
-        wait_until("draining is told", lambda: server.get("/health") == (503, {**server.get("/health")[1], "status": "draining"}))
+        wait_until("draining is told", lambda: server.get("/health")[1]["status"] == "draining")
+        assert server.get("/health")[0] == 503
         assert server.post("/v1/completions", body)[0] == 503
         for t in threads:
             t.join()
@@ -171,7 +196,12 @@ def test_a_second_signal_does_not_wait(model):
     with Server(model, "--max-model-len", "4096", "--max-num-seqs", "4") as server:
         server.ready()
         body = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "ignore_eos": True}
-        thread = threading.Thread(target=lambda: server.post("/v1/completions", body), daemon=True)
+
+        def ask() -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it will be cut off
+                server.post("/v1/completions", body)
+
+        thread = threading.Thread(target=ask)
         thread.start()
         wait_until("it runs", lambda: busy(server))
         server.signal(signal.SIGTERM)

@@ -1,0 +1,169 @@
+"""The cpu device: the reference operators at once, on one worker thread. Owns the memory of a step and of the KV cache.
+
+Nothing at construction starts a thread, so a process may still be forked; the first launch does. The worker runs, in
+launch order, whole steps: forward pass and sampling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.devices import Forward, StepInputs, StepOutput, StepView, torch_ops
+from engine.devices.torch_sampler import Sampler, indices, logprobs, logprobs_where_asked
+from engine.types import OutOfMemory, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CpuDevice:
+    name = "cpu"
+    block_size = 16
+
+    def __init__(self, dtype: str, threads: int):
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype {dtype}: the cpu device has {' and '.join(DTYPES)}", "dtype")
+        self.dtype = DTYPES[dtype]
+        self.threads = threads
+        self.sampler: Sampler | None = None
+        self._memory: dict[str, Tensor] = {}
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}  # this step's rows of each rope table
+        self._worker: ThreadPoolExecutor | None = None
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
+        return over(data, DTYPES[dtype]).view(*shape)
+
+    def constant(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array))
+
+    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CpuKVCache:
+        return CpuKVCache((layers, 2, blocks, block_size, kv_heads, head_dim), self.dtype)
+
+    def configure(self, *, vocab: int, slots: int) -> None:
+        self.sampler = Sampler(vocab, slots)
+
+    def buffer(self, name: str, rows: int, width: int) -> Tensor:
+        memory = self._memory.get(name)
+        if memory is None or memory.numel() < rows * width:
+            memory = self._memory[name] = torch.empty(rows * width, dtype=self.dtype)
+        return memory[: rows * width].view(rows, width)
+
+    # ---- execution --------------------------------------------------------------------------------------------------
+    def launch(self, forward: Forward, step: StepInputs) -> Future[StepOutput]:
+        if self._worker is None:
+            # The number of threads is a setting of the thread that computes.
+            self._worker = ThreadPoolExecutor(1, "cpu-device", torch.set_num_threads, (self.threads,))
+        return self._worker.submit(self.run, forward, step)
+
+    @torch.inference_mode()
+    def run(self, forward: Forward, step: StepInputs) -> StepOutput:
+        """One step from ids to ids."""
+        sampler = self.sampler
+        assert sampler is not None, "configure() comes before the first launch"
+        for setup in step.setups:
+            sampler.set_up(setup)
+        self._turns.clear()
+        view = StepView(
+            tokens=len(step.ids),
+            sampled=len(step.rows),
+            ids=sampler.resolve(torch.from_numpy(step.ids), torch.from_numpy(step.feed)),
+            positions=torch.from_numpy(step.positions),
+            kv_slots=indices(step.kv_slots),
+            rows=torch.from_numpy(step.rows),
+            attention=torch_ops.Paging(step.q_start, step.kv_len, step.blocks, {}),
+        )
+        logits = forward(self, view)
+        sampled = len(step.sampling.slot)
+        out = StepOutput(np.empty(0, np.int32))
+        if sampled:
+            ids = sampler.sample(logits[:sampled], step.sampling)
+            out.ids = ids.int().numpy()
+            out.logprobs = logprobs_where_asked(logits[:sampled], ids, step.sampling.logprobs)
+        if len(step.score_ids):
+            out.scores = logprobs(logits[sampled:], indices(step.score_ids), step.score_top)
+        return out
+
+    def close(self) -> None:
+        """Wait for launched steps and end the worker thread."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+
+    # ---- operators --------------------------------------------------------------------------------------------------
+    embed = staticmethod(torch_ops.embed)
+    rms_norm = staticmethod(torch_ops.rms_norm)
+    add_rms_norm = staticmethod(torch_ops.add_rms_norm)
+    linear = staticmethod(torch_ops.linear)
+    head_norm = staticmethod(torch_ops.head_norm)
+    swiglu = staticmethod(torch_ops.swiglu)
+    take_rows = staticmethod(torch_ops.take_rows)
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv: torch_ops.KV,
+        kv_slots: Tensor,
+        heads: int,
+        kv_heads: int,
+    ) -> None:
+        turn = self._turns.get(id(cos_sin))
+        if turn is None:
+            turn = self._turns[id(cos_sin)] = torch_ops.rotation(cos_sin, positions)
+        torch_ops.rope_store(qkv, turn, kv, kv_slots, heads, kv_heads)
+
+    def attention(
+        self,
+        out: Tensor,
+        qkv: Tensor,
+        kv: torch_ops.KV,
+        attention: torch_ops.Paging,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int,
+    ) -> None:
+        keys = kv[0]
+        token_bytes = 2 * keys[0, 0].numel() * keys.element_size()
+        plan = attention.plan(window, keys.shape[1], token_bytes)
+        torch_ops.attention(out, qkv, kv, plan, heads, kv_heads, scale, self.buffer)
+
+
+class CpuKVCache:
+    """K and V of every layer in one memfd, so that another process can map it; pages are committed when first touched."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self.nbytes = int(np.prod(shape)) * dtype.itemsize
+        try:
+            self.fd = os.memfd_create("kv-cache", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, self.nbytes)
+            memory = mmap.mmap(self.fd, self.nbytes)
+        except (OSError, ValueError, OverflowError) as e:
+            block = self.nbytes // shape[2]
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // block * block
+            raise OutOfMemory(
+                f"--kv-cache-memory-bytes {self.nbytes}: the KV cache can't be mapped ({e}); {free} bytes are free",
+                "kv_cache_memory_bytes",
+            ) from None
+        slab = torch.frombuffer(memory, dtype=dtype).view(shape)
+        self._layers = [(keys, values) for keys, values in slab]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._layers[index]
+
+
+def over(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A flat tensor over `data`, which it keeps alive. Read-only memory too: torch would warn, and we never write to weights."""
+    address = np.frombuffer(data, np.uint8).ctypes.data
+    memory = (ctypes.c_char * data.nbytes).from_address(address)
+    memory.owner = data
+    return torch.frombuffer(memory, dtype=dtype)
