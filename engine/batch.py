@@ -341,7 +341,7 @@ class Batch:
             return
         size = self.rtc.block_size
         fresh = seq.ids[len(seq.keys) * size : seq.known]
-        seq.keys += block_keys(seq.keys[-1] if seq.keys else seq.key, memoryview(fresh).cast("B"), size)
+        seq.keys += block_keys(seq.keys[-1] if seq.keys else seq.key, fresh.tobytes(), size)
 
     # ---- the message of a step --------------------------------------------------------------------------------------
     def emit(self, seq: Sequence, token: int, finish: Finish, logprobs: TokenLogprobs | None) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -87,8 +88,8 @@ class KeeperClient:
                 raise KeeperDied(str(e)) from None
 
     async def writable(self) -> None:
-        ready = self.loop.create_future()
-        self.loop.add_writer(self.sock, lambda: ready.done() or ready.set_result(None))
+        ready: asyncio.Future[None] = self.loop.create_future()
+        self.loop.add_writer(self.sock, settle, ready)
         try:
             await ready
         finally:
@@ -131,7 +132,8 @@ class KeeperClient:
         self.gone.set()
         self.loop.remove_reader(self.sock)
         self.sock.close()
-        for future in (self.warm, *self.packs.values(), *self.spawns.values()):
+        futures: list[asyncio.Future[Any]] = [self.warm, *self.packs.values(), *self.spawns.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(KeeperDied("the keeper process died"))
                 future.exception()  # nobody may be waiting: not an unretrieved error
@@ -153,10 +155,15 @@ class KeeperClient:
         self.process.wait()
 
 
+def settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 async def readable(loop: asyncio.AbstractEventLoop, fd: int, timeout: float) -> bool:
     """Wait until `fd` is readable; False after `timeout` seconds."""
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(fd, settle, ready)
     try:
         await asyncio.wait_for(ready, timeout)
         return True

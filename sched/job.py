@@ -7,7 +7,7 @@ TE: one `unified` task on a colocated TE, a `prefill` and a `decode` task on a d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -58,7 +58,7 @@ TASK: dict[tuple[str, str], TaskState] = {
     ("decode", "fail"): "failed",
     ("decode", "cancel"): "cancelled",
 }
-TABLES = {"request": REQUEST, "job": JOB, "task": TASK}
+TABLES: dict[str, Mapping[tuple[str, str], str]] = {"request": REQUEST, "job": JOB, "task": TASK}
 TERMINAL = frozenset({"done", "failed", "cancelled", "refused"})
 
 

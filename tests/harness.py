@@ -33,7 +33,10 @@ def rows(count: int, **columns: object) -> SamplingRows:
         "logprobs": (-1, np.int32),
     }
     assert columns.keys() <= base.keys()
-    made = {name: np.broadcast_to(np.asarray(columns.get(name, value), dtype), (count,)).copy() for name, (value, dtype) in base.items()}
+    made = {
+        name: np.broadcast_to(np.asarray(columns.get(name, value), dtype), (count,)).copy()
+        for name, (value, dtype) in base.items()
+    }
     return SamplingRows(**made)
 
 
@@ -50,7 +53,9 @@ class Rig:
         manifest = weights.pack(checkpoint, self.model.weights(), dtype, fd)
         mapped = weights.map_slabs(manifest, [fd])
         os.close(fd)
-        self.model.bind(self.device, {e.name: self.device.weight(mapped[e.name], e.dtype, e.shape) for e in manifest.entries}, max_len)
+        self.model.bind(
+            self.device, {e.name: self.device.weight(mapped[e.name], e.dtype, e.shape) for e in manifest.entries}, max_len
+        )
         self.kv = self.device.kv_cache(self.model.layers, blocks, block_size, self.model.kv_heads, self.model.head_dim)
         self.device.configure(vocab=self.model.vocab, slots=64)
         self.block_size = block_size

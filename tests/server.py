@@ -85,7 +85,7 @@ class Server:
         return "".join(self.lines)
 
     def ready(self) -> Server:
-        wait_until("the server is ready", lambda: self.get("/health")[0] == 200)
+        wait_until("the server is ready", lambda: self.listening() and self.get("/health")[0] == 200)
         return self
 
     def get(self, path: str) -> tuple[int, Any]:
@@ -111,7 +111,7 @@ class Server:
 
     def keeper(self) -> int:
         for pid in family(self.marker):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "deepserve-keeper":
+            if Path(f"/proc/{pid}/comm").read_text().startswith("deepserve-keepe"):  # the kernel keeps 15 bytes
                 return pid
         return 0
 

@@ -45,7 +45,10 @@ VARIANTS = {
     "llama dynamic": ("LlamaForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     "llama 3": ("LlamaForCausalLM", {"rope_scaling": LLAMA3, "rope_theta": 500000.0}),
     "llama yarn": ("LlamaForCausalLM", {"rope_scaling": YARN}),
-    "llama yarn mscale": ("LlamaForCausalLM", {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}}),
+    "llama yarn mscale": (
+        "LlamaForCausalLM",
+        {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}},
+    ),
     "llama yarn given": ("LlamaForCausalLM", {"rope_scaling": {**YARN, "attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}}),
     "llama longrope": ("LlamaForCausalLM", {"rope_scaling": LONG}),
     "llama rope_parameters": ("LlamaForCausalLM", {"rope_parameters": {**LLAMA3, "rope_theta": 300000.0}, "rope_theta": None}),
@@ -68,7 +71,9 @@ def reference(path: Path, ids: list[int]) -> np.ndarray:
 @pytest.fixture(params=VARIANTS, ids=lambda name: name.replace(" ", "_"))
 def variant(request, tmp_path):
     architecture, overrides = VARIANTS[request.param]
-    return tiny.make(tmp_path / "model", architecture, **{k: v for k, v in overrides.items() if v is not None or k == "sliding_window"})
+    return tiny.make(
+        tmp_path / "model", architecture, **{k: v for k, v in overrides.items() if v is not None or k == "sliding_window"}
+    )
 
 
 def test_logits_agree_with_transformers(variant):
@@ -152,7 +157,9 @@ def test_rope_lengths():
     np.testing.assert_allclose(short / long, np.array(LONG["long_factor"]) / np.array(LONG["short_factor"]), rtol=1e-6)
     table = of({}).table(100)
     assert table.dtype == np.float32 and table.shape == (100, 16)
-    np.testing.assert_allclose(table[7], np.concatenate([f(7.0 * 10000.0 ** (-np.arange(8) / 8)) for f in (np.cos, np.sin)]), atol=1e-6)
+    np.testing.assert_allclose(
+        table[7], np.concatenate([f(7.0 * 10000.0 ** (-np.arange(8) / 8)) for f in (np.cos, np.sin)]), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,10 @@ def test_rope_lengths():
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"num_attention_heads": 3}, "no multiple"),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["linear_attention"] * 2}, "layer_types"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["linear_attention"] * 2},
+            "layer_types",
+        ),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
     ],
 )
@@ -181,7 +191,14 @@ def test_what_is_not_supported_is_named(overrides, says):
 
 def test_fields_that_config_json_may_leave_out():
     fields = tiny.config("Qwen3ForCausalLM")
-    for name in ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings"):
+    for name in (
+        "head_dim",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_theta",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    ):
         del fields[name]
     model = models.build(fields)
     assert (model.head_dim, model.kv_heads, model.eps, model.rope.theta, model.max_len) == (128, 4, 1e-6, 10000.0, 32768)

@@ -83,7 +83,7 @@ def test_noise_is_even_along_positions_and_along_seeds():
         uniform(np.arange(many, dtype=np.uint64), np.full(many, 3)),
     )
     for u in along:
-        assert 0 <= u.min() and u.max() < 1
+        assert u.min() >= 0 and u.max() < 1
         counts = np.bincount((u * 50).astype(int), minlength=50)
         assert chi_square(counts, np.full(50, many / 50)) < 95  # 49 degrees of freedom: exceeded once in 10 000
         assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
@@ -149,7 +149,9 @@ def test_the_frequencies_are_the_softmax():
         p = p / p.sum()
         ids = []
         for at in range(0, many, 1000):
-            ids += draw(np.tile(logits, (1000, 1)), temperature=temperature, top_k=top_k, seed=42, position=np.arange(at, at + 1000))
+            ids += draw(
+                np.tile(logits, (1000, 1)), temperature=temperature, top_k=top_k, seed=42, position=np.arange(at, at + 1000)
+            )
         found = np.bincount(ids, minlength=len(p))
         assert not found[p == 0].any()
         assert chi_square(found[p > 0], p[p > 0] * many) < 2 * (p > 0).sum()
@@ -208,7 +210,14 @@ def test_penalties_bias_and_held_stop_ids():
     for i in range(5):
         counts = i != 2
         sampler.set_up(
-            setup(columns["slot"][i], prompt=prompts[i], generated=texts[i], bias=bias[i], stop_ids=[*stops[i], vocab + 3], counts=counts)
+            setup(
+                columns["slot"][i],
+                prompt=prompts[i],
+                generated=texts[i],
+                bias=bias[i],
+                stop_ids=[*stops[i], vocab + 3],
+                counts=counts,
+            )
         )
     for step in range(30):
         logits = some_logits(count, step, vocab) / 2

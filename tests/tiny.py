@@ -1,4 +1,4 @@
-"""Tiny random models, laid out as hubs lay them out: config, weights, tokenizer, chat template. Made in well under a second, no downloads."""
+"""Tiny random models, laid out as hubs lay them out: config, weights, tokenizer, chat template. Made in milliseconds, no downloads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ IM_START, IM_END, END = range(256, 259)
 VOCAB = 259
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 
 
 def config(architecture: str = "LlamaForCausalLM", **overrides: Any) -> dict[str, Any]:
@@ -62,8 +69,8 @@ def make(folder: Path, architecture: str = "LlamaForCausalLM", *, seed: int = 0,
 def tensors(fields: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights under Hugging Face's names.
 
-    Matrices are wide enough that the layers outweigh the embedding that enters the residual: the likeliest next token depends on the whole
-    text and not on the last token alone.
+    Matrices are wide enough that the layers outweigh the embedding that enters the residual: the likeliest next token depends
+    on the whole text and not on the last token alone.
     """
     rng = np.random.default_rng(seed)
     found = {}

@@ -19,7 +19,7 @@ STREAMS = 16
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     # Wide enough that a stream lasts some seconds: a kill in the middle must find all of them running.
-    model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
+    model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4, max_position_embeddings=4096)
     with Server(
         model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M"
     ) as running:
@@ -105,6 +105,7 @@ def test_killed_te_is_replayed(server, undisturbed, when):
 def test_killed_keeper_disturbs_nobody_and_a_new_one_serves_the_next_te(server, undisturbed):
     wait_until("all are well", lambda: server.get("/health")[0] == 200)
     old = server.keeper()
+    assert old, "no keeper found"
     pids = {t["pid"] for t in server.tes()}
     killed = threading.Event()
 

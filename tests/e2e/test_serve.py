@@ -21,7 +21,7 @@ from tests.server import Server, alive, family, wait_until
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny.make(tmp_path_factory.mktemp("models") / "tiny")
+    return tiny.make(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")
