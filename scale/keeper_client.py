@@ -22,6 +22,14 @@ from scale.keeper import Exited, FromKeeper, Pack, Packed, PackFailed, Spawn, Sp
 ROOT = Path(__file__).resolve().parent.parent
 
 
+ENVIRONMENT = {
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # an installed torch-npu breaks `import torch` where there is no CANN
+    # Torch's threads sleep while they wait for each other. Spinning ones take the core that the other thread, another TE or the control
+    # process needs: beside any other load a step would take several times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
 class KeeperDied(Exception):
     """The keeper is gone; a new one must be started."""
 
@@ -49,7 +57,7 @@ class KeeperClient:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the control process alone
-                env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+                env=os.environ | ENVIRONMENT,
             )
         finally:
             theirs.close()

@@ -90,3 +90,17 @@ def test_no_device_names_outside_devices():
     for path in sources():
         if "engine/devices" not in name_of(path):
             assert "if device ==" not in path.read_text() and "device.name ==" not in path.read_text(), name_of(path)
+
+
+def test_the_docs_name_every_route_flag_and_metric():
+    from engine.config import Config
+    from sched.gateway.app import ROUTES
+    from sched.metrics import Metrics
+
+    readme, operations = (ROOT / "README.md").read_text(), (ROOT / "docs" / "operations.md").read_text()
+    for route in ROUTES:
+        assert route.path.replace(":.+", "") in readme, route.path
+    for name in Config.__struct_fields__:
+        assert f"`--{name.replace('_', '-')}`" in operations, name
+    for family in Metrics("m").registry.collect():
+        assert f"`{family.name}" in operations, family.name

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from engine import models
 from engine.models.rope import Rope
+from engine.tokenizer import Tokenizer
 from engine.types import UserError
 from tests import tiny
 from tests.harness import Rig
@@ -116,6 +117,17 @@ def test_a_tiny_model_says_something(tmp_path):
     assert all(len(set(text)) > 8 for text in texts)
     assert len({tuple(text) for text in texts}) == 3
     rig.close()
+
+
+def test_the_tiny_tokenizer_goes_with_the_model(tmp_path):
+    tokenizer = Tokenizer.load(tiny.make(tmp_path / "model"))
+    text = "Zürich, 東京\n<|im_end|>"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len("Zürich, 東京\n".encode()) + 1 and ids[-1] == tiny.IM_END
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.eos_ids == {tiny.IM_END, tiny.END} and tokenizer.vocab_size == tiny.VOCAB
+    chat = tokenizer.render([{"role": "user", "content": "hi"}])
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_bfloat16_is_close(tmp_path):

@@ -11,10 +11,10 @@ import torch
 from engine.devices import SamplingRows
 from engine.devices import torch_sampler as module
 from engine.devices.torch_sampler import Sampler, logprobs, logprobs_where_asked
-from engine.sampler import uniform
+from engine.sampler import noise, uniform
 from tests.harness import rows, setup
 
-VOCAB = 1000  # no multiple of the running sum's blocks
+VOCAB = 1000
 
 
 def draw(logits: np.ndarray, **columns: object) -> list[int]:
@@ -48,43 +48,51 @@ def choose(logits: np.ndarray, r: SamplingRows, i: int) -> int:
         return int(logits.argmax())
     x = logits / r.temperature[i]
     w = np.where(kept(x, r.top_k[i], r.top_p[i], r.min_p[i]), np.exp(x - x.max()), 0).astype(np.float64)
-    running = np.cumsum(w)
-    return int(np.searchsorted(running, uniform(r.seed[i], r.position[i])[0] * running[-1], side="right"))
+    u = uniform(r.seed[i], r.position[i], len(w))[0].astype(np.float64)
+    return int((w / -np.log1p(-u)).argmax())
 
 
 # ---- the noise ------------------------------------------------------------------------------------------------------
 
 
-def uniform_by_hand(seed: int, position: int) -> float:
+def noise_by_hand(seed: int, position: int, token: int) -> int:
     """The documented function in plain integers, as C would compute it."""
-    mask = 2**64 - 1
+    wide, narrow = 2**64 - 1, 2**32 - 1
 
     def mix(z: int) -> int:
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & wide
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & wide
         return z ^ z >> 31
 
-    return (mix(mix(seed) + (position + 1) * 0x9E3779B97F4A7C15 & mask) >> 11) * 2.0**-53
+    def scramble(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B & narrow
+        x = (x ^ x >> 13) * 0xC2B2AE35 & narrow
+        return x ^ x >> 16
+
+    key = mix(mix(seed) + (position + 1) * 0x9E3779B97F4A7C15 & wide)
+    return scramble(scramble(token + key & narrow) ^ key >> 32)
 
 
-def test_noise_is_the_documented_function_of_seed_and_position():
+def test_noise_is_the_documented_function_of_seed_position_and_id():
     seeds = [0, 1, 2, 12345, 2**63, 2**64 - 1]
     for position in (0, 1, 777, 2**31):
-        assert uniform(np.array(seeds, np.uint64), np.full(6, position)).tolist() == [uniform_by_hand(s, position) for s in seeds]
+        want = [[noise_by_hand(s, position, token) for token in range(40)] for s in seeds]
+        assert noise(np.array(seeds, np.uint64), np.full(6, position), 40).tolist() == want
     # Stored: other devices and later versions must continue the same text.
-    values = uniform(np.repeat(np.arange(8, dtype=np.uint64), 8), np.tile(np.arange(8), 8))
-    assert hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()[:16] == "17d9e04dcb6fdb25"
+    words = noise(np.repeat(np.arange(8, dtype=np.uint64), 8), np.tile(np.arange(8), 8), 1000)
+    assert hashlib.sha256(words.astype("<u4").tobytes()).hexdigest()[:16] == "dca67ded0625ffdc"
 
 
-def test_noise_is_even_along_positions_and_along_seeds():
+def test_noise_is_even_along_positions_seeds_and_ids():
     many = 20_000
     along = (
-        uniform(np.full(many, 7, np.uint64), np.arange(many)),
-        uniform(np.arange(many, dtype=np.uint64), np.full(many, 3)),
+        uniform(np.full(many, 7, np.uint64), np.arange(many), 3)[:, 2],
+        uniform(np.arange(many, dtype=np.uint64), np.full(many, 3), 3)[:, 1],
+        uniform(np.array([9], np.uint64), np.array([4]), many)[0],
     )
     for u in along:
-        assert u.min() >= 0 and u.max() < 1
-        counts = np.bincount((u * 50).astype(int), minlength=50)
+        assert u.min() > 0 and u.max() <= 1
+        counts = np.bincount(np.minimum(u * 50, 49).astype(int), minlength=50)
         assert chi_square(counts, np.full(50, many / 50)) < 95  # 49 degrees of freedom: exceeded once in 10 000
         assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 0.03
 

@@ -1,4 +1,4 @@
-"""Tiny random models, laid out as hubs lay them out: config, weights, tokenizer, chat template. Made in milliseconds, no downloads."""
+"""Tiny random models, laid out as hubs lay them out: config, weights, tokenizer, chat template. No downloads."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def source_rows(fields: dict[str, Any], spec: models.WeightSpec) -> list[int]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges: a token a byte, and three special ones."""
+    """A byte-level tokenizer without merges: a token a byte (not of its number), and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

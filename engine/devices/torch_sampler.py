@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.devices import Logprobs, SamplingRows, SlotSetup
@@ -20,9 +19,6 @@ from engine.sampler import GREEDY_BELOW, uniform
 CANDIDATES = 1024
 # Rows drawn together: their float32 logits and weights (2 x 3 MB at 49 152 entries) should stay in cache.
 DRAWN_ROWS = 16
-# A running sum over the vocabulary goes by blocks: a vectorised sum of each, a serial one over the blocks, and a serial
-# one inside the block that matters. A plain one is ten times slower.
-CDF_BLOCK = 64
 
 
 @dataclass(slots=True)
@@ -125,7 +121,8 @@ def draw(logits: Tensor, rows: SamplingRows, part: np.ndarray) -> Tensor:
     top_p = rows.top_p[part]
     if (top_k > 0).any() or (top_p < 1).any():
         weights.masked_fill_(x < threshold(x, peak, weights, floor, top_k, top_p), 0.0)
-    return pick(weights, torch.from_numpy(uniform(rows.seed[part], rows.position[part])))
+    waiting = torch.from_numpy(uniform(rows.seed[part], rows.position[part], x.shape[1])).neg_().log1p_().neg_()
+    return weights.div_(waiting).argmax(-1)
 
 
 def threshold(
@@ -168,27 +165,6 @@ def threshold(
             bound[at] = threshold(x[at], peak[at], weights[at], floor[at], top_k[rest], top_p[rest], vocab)
         return bound
     return floor
-
-
-def pick(weights: Tensor, u: Tensor) -> Tensor:
-    """For each row the first index whose running sum of weights exceeds u times their whole sum."""
-    rows, vocab = weights.shape
-    blocks = F.pad(weights, (0, -vocab % CDF_BLOCK)).view(rows, -1, CDF_BLOCK)
-    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    block, rest = first_beyond(upto, u[:, None] * upto[:, -1:])
-    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK)).squeeze(1).double().cumsum(-1)
-    index, _ = first_beyond(inside, rest)
-    return (block * CDF_BLOCK + index).squeeze(1).clamp_(max=vocab - 1)
-
-
-def first_beyond(running: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """([n, 1] first index where `running` [n, m] exceeds `target`, what of `target` is beyond the entries before it).
-
-    A target that rounding brought up to the last sum is held below it; the clamp is for rows of NaN, which have no answer."""
-    target = torch.minimum(target, torch.nextafter(running[:, -1:], running.new_zeros(())))
-    index = torch.searchsorted(running, target, right=True).clamp_(max=running.shape[1] - 1)
-    before = F.pad(running, (1, 0)).gather(1, index)
-    return index, target - before
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------
