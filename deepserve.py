@@ -12,10 +12,10 @@ import sys
 ROOT = os.path.dirname(os.path.abspath(__file__))
 if sys.path[:1] != [ROOT]:
     sys.path.insert(0, ROOT)  # `engine`, `sched` and `scale` live beside this file; see sched/__init__.py on the name
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # an installed torch-npu breaks `import torch` where there is no CANN
 
 import argparse  # noqa: E402
 import asyncio  # noqa: E402
+import contextlib  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
 from collections.abc import Callable, Coroutine, Sequence  # noqa: E402
@@ -122,11 +122,7 @@ async def gather(
 
     async def one(item: Any, item_params: SamplingParams) -> RequestOutput:
         async with room:
-            last = None
-            async for last in run(item, item_params):
-                pass
-            assert last is not None
-            return last
+            return [output async for output in run(item, item_params)][-1]
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -218,11 +214,11 @@ def announce(engine: AsyncLLM, url: str) -> None:
     assert engine.cluster is not None
     climb = engine.cluster.climbs[0]
     say(f"TE {climb.te} ready after {climb.total:.2f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in climb.steps.items()))
-    body = f'{{"model": "{engine.names[0]}", "stream": true, "messages": [{{"role": "user", "content": "Say hello"}}]}}'
+    question = '"messages": [{"role": "user", "content": "Say hello"}]'
+    body = f'{{"model": "{engine.names[0]}", "stream": true, "temperature": 0, {question}}}'
     key = ' -H "Authorization: Bearer $KEY"' if engine.api_keys else ""
-    say(
-        f"{engine.names[0]} is served at {url}; try:\n  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
-    )
+    say(f"{engine.names[0]} is served at {url}; try:")
+    print(f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{body}'", file=sys.stderr)
 
 
 async def show_config(config: Config, origin: dict[str, str]) -> int:
@@ -242,32 +238,42 @@ async def show_config(config: Config, origin: dict[str, str]) -> int:
     return 0
 
 
-async def chat(args: argparse.Namespace) -> int:
-    """A conversation with a running server, in the terminal."""
-    from sched.gateway.client import Client, RequestFailed
+def chat(args: argparse.Namespace) -> int:
+    """A conversation with a running server, in the terminal. Ctrl-C while it answers ends the answer."""
+    from sched.gateway.client import Client
 
     messages: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     settings = {k: v for k in ("temperature", "max_tokens", "seed") if (v := getattr(args, k)) is not None}
-    async with Client(args.url, args.api_key) as client:
-        model = args.model or (await client.models())[0]
-        print(f"{model} at {args.url}. An empty line or Ctrl-D ends.", file=sys.stderr)
-        while True:
-            try:
-                line = (await asyncio.to_thread(input, "> ")).strip()
-            except EOFError:
-                line = ""
-            if not line:
-                return 0
-            messages.append({"role": "user", "content": line})
-            answer = ""
-            try:
-                async for event in client.chat(messages, model=model, **settings):
-                    print(event.text, end="", flush=True)
-                    answer += event.text
-            except RequestFailed as e:
-                say(f"error: {e}")
-            print()
-            messages.append({"role": "assistant", "content": answer})
+    answer: list[str] = []
+
+    async def model() -> str:
+        async with Client(args.url, args.api_key) as client:
+            return (await client.models())[0]
+
+    async def reply(name: str) -> None:
+        async with Client(args.url, args.api_key) as client:
+            async for event in client.chat(messages, model=name, **settings):
+                print(event.text, end="", flush=True)
+                answer.append(event.text)
+
+    name = args.model or asyncio.run(model())
+    print(f"{name} at {args.url}. An empty line or Ctrl-D ends.", file=sys.stderr)
+    while line := ask():
+        messages.append({"role": "user", "content": line})
+        answer.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(reply(name))
+        print()
+        messages.append({"role": "assistant", "content": "".join(answer)})
+    return 0
+
+
+def ask() -> str:
+    """A line from the person; empty at the end of input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -306,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "config":
             return asyncio.run(show_config(*config_of(args)))
         if args.command == "chat":
-            return asyncio.run(chat(args))
+            return chat(args)
         if args.command == "pull":
             from scale import pull
 

@@ -146,10 +146,8 @@ class Batch:
 
     def abort(self, task: int, sample: int) -> None:
         """Forget one sequence, or a task's all."""
-        if sample >= 0:
-            names = [sequence_id(task, sample)]
-        else:
-            names = [n for n in self.sequences if split_sequence_id(n)[0] == task]
+        every = [n for n in self.sequences if split_sequence_id(n)[0] == task]
+        names = every if sample < 0 else [sequence_id(task, sample)]
         for name in names:
             if (seq := self.sequences.get(name)) is not None:
                 self.end(seq)
@@ -363,7 +361,9 @@ class Batch:
         self._report = Tokens([], [], [], self.load)
 
     def take_report(self) -> Tokens | None:
-        """What happened since `begin_report`, or None where nothing that the control process must know."""
+        """What happened since `begin_report`, or None where there is nothing that the control process does not know.
+
+        A cancelled sequence brings no token, but it changes the load: a message without rows then tells that."""
         report = self._report
         for name, token, finish in self.pending:
             report.seqs.append(name)
@@ -372,12 +372,13 @@ class Batch:
             if report.logprobs is not None:
                 report.logprobs.append(None)
         self.pending.clear()
-        if not report.seqs:
-            return None
-        self.load.running = len(self.running)
-        self.load.waiting = len(self.sequences) - len(self.running)
-        self.load.blocks_used = self.rtc.used
-        return report
+        load = self.load
+        before = (load.running, load.waiting, load.blocks_used)
+        load.running = len(self.running)
+        load.waiting = len(self.sequences) - len(self.running)
+        load.blocks_used = self.rtc.used
+        changed = before != (load.running, load.waiting, load.blocks_used)
+        return report if report.seqs or changed else None
 
     def check(self) -> None:
         """Verify the counts against RTC; raises AssertionError. For tests."""

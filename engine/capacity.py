@@ -97,22 +97,25 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     free = box.free_bytes - weight_bytes - PROCESS_BYTES * config.te
     if free <= 0:
         raise OutOfMemory(
-            f"--model: its weights take {gib(weight_bytes)} as {dtype} and a process {gib(PROCESS_BYTES)}; {gib(box.free_bytes)} is free."
+            f"--model: its weights take {gib(weight_bytes)} as {dtype} and a process {gib(PROCESS_BYTES)};"
+            f" {gib(box.free_bytes)} is free."
             + (" Use --dtype bfloat16 or a smaller model." if dtype == "float32" else " Use a smaller model."),
             "dtype" if dtype == "float32" else "model",
         )
     room = free // config.te
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > room:
         raise OutOfMemory(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}: {config.te} x {gib(config.kv_cache_memory_bytes)} do not fit the"
-            f" {gib(free)} that are free beside the weights; --kv-cache-memory-bytes {room // block_bytes * block_bytes} would fit",
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}: {config.te} x {gib(config.kv_cache_memory_bytes)} do not"
+            f" fit the {gib(free)} that are free beside the weights;"
+            f" --kv-cache-memory-bytes {room // block_bytes * block_bytes} would fit",
             "kv_cache_memory_bytes",
         )
     budget = config.kv_cache_memory_bytes or min(int(room * FREE_SHARE), AUTO_KV_BYTES)
     asked = config.max_model_len
     if asked is not None and asked > model.max_len:
         raise UserError(
-            f"--max-model-len {asked} is more than the {model.max_len} positions the model was made for; use {model.max_len} or less",
+            f"--max-model-len {asked} is more than the {model.max_len} positions the model was made for;"
+            f" use {model.max_len} or less",
             "max_model_len",
         )
     if config.kv_cache_memory_bytes is None and asked is not None:
@@ -127,7 +130,8 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     length = asked or model.max_len
     if length > fits and asked is not None:
         raise OutOfMemory(
-            f"--max-model-len {asked} needs {gib(blocks_for(asked, block_size) * block_bytes)} of KV cache a TE and {gib(budget)} is there;"
+            f"--max-model-len {asked} needs {gib(blocks_for(asked, block_size) * block_bytes)} of KV cache a TE and"
+            f" {gib(budget)} is there;"
             f" --max-model-len {fits} would fit",
             "max_model_len",
         )

@@ -1,7 +1,7 @@
 """One rank's forward pass: turns a plan into host arrays and launches it on the device. Imports no torch.
 
-Per step it does work for each sequence, not for each token of context: block tables and sampling columns live in persistent arrays
-and are gathered by slot.
+Per step it does work for each sequence, not for each token of context: block tables and sampling columns live in
+persistent arrays and are gathered by slot.
 """
 
 from __future__ import annotations

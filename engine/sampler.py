@@ -13,7 +13,8 @@ A sampled row goes through these steps, in float32, in this order (the same as v
  8. top_k             drops logits below the k-th largest of what is left; equals of the k-th stay
  9. top_p             with w = exp(logit - max) of what is left, likeliest first: keeps a token while the w before it sum to less
                       than top_p * (sum of w); equals of the last one kept stay
-10. choice            an exponential race: the id with the largest w / waiting(seed, position, id), the lowest id among equals. An id
+10. choice            an exponential race: the id with the largest w / waiting(seed, position, id), the lowest id among
+equals. An id
                       wins with probability w / (sum of w)
 
 The race, and not where one number falls in a running sum: that sum runs past thousands of ids, and a rounding difference of
@@ -61,7 +62,8 @@ def noise(seed: np.ndarray, position: np.ndarray, vocab: int) -> np.ndarray:
         key  = mix(mix(seed) + (position + 1) * GOLDEN)                      64 bits
         word = scramble(scramble(id + low half of key) ^ high half of key)   32 bits
 
-    The seed is mixed by itself first, since seeds of one task follow one another and must not give shifted copies of one stream."""
+    The seed is mixed by itself first, since seeds of one task follow one another and must not give shifted copies of
+    one stream."""
     seeds = np.atleast_1d(np.asarray(seed, np.uint64))
     steps = (np.atleast_1d(np.asarray(position, np.int64)) + 1).astype(np.uint64)
     key = mix(mix(seeds) + steps * GOLDEN)[:, None]
@@ -73,5 +75,6 @@ def noise(seed: np.ndarray, position: np.ndarray, vocab: int) -> np.ndarray:
 
 
 def uniform(seed: np.ndarray, position: np.ndarray, vocab: int) -> np.ndarray:
-    """u in (0, 1], float32 [n, vocab]: (word + 0.5) * 2**-32, rounded. waiting = -log(1 - u), in float32: small u, which decide, are exact."""
+    """u in (0, 1], float32 [n, vocab]: (word + 0.5) * 2**-32, rounded. waiting = -log(1 - u), in float32: small u,
+    which decide, are exact."""
     return (noise(seed, position, vocab).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)

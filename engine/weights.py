@@ -250,16 +250,17 @@ def layout(specs: Sequence[WeightSpec], dtype: str) -> Iterator[tuple[WeightSpec
 
 
 def packed_size(specs: Sequence[WeightSpec], dtype: str) -> int:
-    """Bytes of the slab that `pack` makes, if every optional tensor is there."""
+    """Bytes of the slab that `pack` makes."""
     end = max((offset + nbytes for _, _, offset, nbytes in layout(specs, dtype)), default=0)
     return round_up(end, SLAB_ALIGN)
 
 
 def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: int) -> Manifest:
     """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
-    present = [spec for spec in specs if is_present(checkpoint, spec)]
-    report_unused(checkpoint, present)
-    size = packed_size(present, dtype)
+    for spec in specs:
+        check_present(checkpoint, spec)
+    report_unused(checkpoint, specs)
+    size = packed_size(specs, dtype)
     os.ftruncate(fd, size)
     slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
 
@@ -276,21 +277,18 @@ def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: in
 
     # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
-        entries = list(pool.map(write, layout(present, dtype)))
+        entries = list(pool.map(write, layout(specs, dtype)))
     return Manifest(entries, [size], size)
 
 
-def is_present(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
-    """False for an optional tensor that the checkpoint hasn't. Raises `UserError` for a missing or misshapen one."""
-    if spec.optional and not any(source in checkpoint for source in spec.sources):
-        return False
+def check_present(checkpoint: Checkpoint, spec: WeightSpec) -> None:
+    """Raises `UserError` for a tensor that is missing or misshapen."""
     shapes = [checkpoint.shape(source) for source in spec.sources]
     whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if whole != spec.shape or any(shape[1:] != shapes[0][1:] for shape in shapes):
         found = " + ".join(str(list(shape)) for shape in shapes)
         names, asked = " + ".join(spec.sources), list(spec.shape)
         raise UserError(f"{checkpoint.path}: tensor {names} has shape {found}; the model's config asks for {asked}", "model")
-    return True
 
 
 def report_unused(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> None:

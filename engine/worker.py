@@ -1,8 +1,8 @@
 """The TE-shell: what a forked task executor does from its first line to its last.
 
-warm -> load -> serve -> leave. The keeper forks this process with code imported and no device touched; `main` maps the packed
-weights, builds the engine, answers a dummy request of its own, announces itself and serves until told to stop. It ends with the control
-process, whatever killed that: a native thread watches it.
+warm -> load -> serve -> leave. The keeper forks this process with code imported and no device touched; `main` maps the
+packed weights, builds the engine, answers a dummy request of its own, announces itself and serves until told to stop.
+It ends with the control process, whatever killed that: a native thread watches it.
 """
 
 from __future__ import annotations

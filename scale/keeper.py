@@ -1,8 +1,9 @@
 """The keeper: the zygote process that task executors are forked from, and the owner of the packed weights.
 
-It imports the engine once, touches no device, starts no thread, and so can fork at any moment: a TE begins life with its code loaded.
-Weights are packed by a short-lived child into memfds that this process holds; every TE maps the same pages. When the keeper dies, live TEs
-go on (they hold their own mappings); a new keeper packs again. It leaves when its socket closes or the control process dies.
+It imports the engine once, touches no device, starts no thread, and so can fork at any moment: a TE begins life with
+its code loaded. Weights are packed by a short-lived child into memfds that this process holds; every TE maps the same
+pages. When the keeper dies, live TEs go on (they hold their own mappings); a new keeper packs again. It leaves when its
+socket closes or the control process dies.
 
 Runs as `python -c "from scale.keeper import main; main(socket_fd, control_pidfd)"`; the other end is `scale/keeper_client.py`.
 """

@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ENVIRONMENT = {
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # an installed torch-npu breaks `import torch` where there is no CANN
-    # Torch's threads sleep while they wait for each other. Spinning ones take the core that the other thread, another TE or the control
-    # process needs: beside any other load a step would take several times as long.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's library would start threads on import, and the keeper must be able to fork
 }
 
 

@@ -7,7 +7,8 @@ SOONEST, LATEST = 1.0, 120.0
 
 
 def queue_is_full(outstanding: int, new: int, te: int, max_num_seqs: int, max_queued: int) -> bool:
-    """Whether `new` sequences would exceed what the TEs run at once plus the queue's bound. An idle server takes any one request."""
+    """Whether `new` sequences would exceed what the TEs run at once plus the queue's bound. An idle server takes any
+    one request."""
     return outstanding > 0 and outstanding + new > te * max_num_seqs + max_queued
 
 

@@ -1,7 +1,7 @@
 """The cluster manager: the table of TEs, their life from fork to death, and the keeper they come from.
 
-Each TE id has one coroutine that brings it up, waits for its end and brings it up again; the keeper has another. Who listens hears `ready`,
-`lost` and each message. Nothing here knows of requests.
+Each TE id has one coroutine that brings it up, waits for its end and brings it up again; the keeper has another. Who
+listens hears `ready`, `lost` and each message. Nothing here knows of requests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Request -> Job -> Task: the paper's three nouns, their states as tables, and every state's time. Pure.
 
-A Request is one external call. It starts one or more Jobs; a chat starts exactly one serving Job. A Job runs as Tasks, each on one
-TE: one `unified` task on a colocated TE, a `prefill` and a `decode` task on a disaggregated pair. An illegal move raises
-`IllegalMove`; a terminal state is entered once and never left.
+A Request is one external call. It starts one or more Jobs; a chat starts exactly one serving Job. A Job runs as Tasks,
+each on one TE: one `unified` task on a colocated TE, a `prefill` and a `decode` task on a disaggregated pair. An
+illegal move raises `IllegalMove`; a terminal state is entered once and never left.
 """
 
 from __future__ import annotations

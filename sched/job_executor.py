@@ -1,7 +1,7 @@
 """The JE: one a model. Splits requests into jobs and tasks, places tasks on TEs, follows them, replays them after a TE's death.
 
-One dictionary of live tasks is the truth about what runs. A TE's `Tokens` message is worked off in one callback for the whole batch:
-detokenise, look for stop strings, hand each stream its deltas.
+One dictionary of live tasks is the truth about what runs. A TE's `Tokens` message is worked off in one callback for the
+whole batch: detokenise, look for stop strings, hand each stream its deltas.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Choice(msgspec.Struct, frozen=True):
     reason: str
 
 
-# A queued prompt token weighs as much as this part of a running sequence: one sequence costs a token a step for its whole life, and
-# some hundred prompt tokens take about as long as the steps between two arrivals.
+# A queued prompt token weighs as much as this part of a running sequence: one sequence costs a token a step for its
+# whole life, and some hundred prompt tokens take about as long as the steps between two arrivals.
 TOKENS_A_SEQUENCE = 256
 
 

@@ -1,7 +1,7 @@
 """`AsyncLLM`: the one client API. HTTP, the command line and embedding programs all submit here.
 
-`submit` is an async context manager: leaving it, for whatever cause, cancels the request everywhere. The object lives in whatever loop
-it is started in, installs no signal handler, prints nothing and ends all its processes in `close`.
+`submit` is an async context manager: leaving it, for whatever cause, cancels the request everywhere. The object lives
+in whatever loop it is started in, installs no signal handler, prints nothing and ends all its processes in `close`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +28,7 @@ from sched.cluster import Cluster
 from sched.job import describe
 from sched.job_executor import JobExecutor
 from sched.metrics import Metrics
+from sched.off_loop import off_loop
 from sched.stream import CompletionOutput, RequestOutput, Stream, Submission, Unavailable, UnknownModel
 
 Message = dict[str, Any]
@@ -53,8 +54,8 @@ class ServedModel(msgspec.Struct):
 class AsyncLLM:
     """One model on `te` task executors.
 
-    Settings are Config's fields: `AsyncLLM("folder", te=2, max_model_len=2048)`. Use it as `async with AsyncLLM(...) as engine:`, or let
-    the first call start it and call `close` at the end.
+    Settings are Config's fields: `AsyncLLM("folder", te=2, max_model_len=2048)`. Use it as
+    `async with AsyncLLM(...) as engine:`, or let the first call start it and call `close` at the end.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, *, config: Config | None = None, **settings: Any):
@@ -240,8 +241,12 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """The growing output of one prompt (text or token ids). Leaving the loop early cancels the request."""
         served = await self.model("")
-        text = prompt if isinstance(prompt, str) else None
-        ids = served.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            text: str | None = prompt
+            ids = await off_loop(len(prompt), lambda: served.tokenizer.encode(prompt))
+        else:
+            text, ids = None, list(prompt)
+            check_ids(ids, served.tokenizer.vocab_size, "prompt")
         async for output in self.outputs(text, ids, sampling_params, request_id):
             yield output
 
@@ -251,7 +256,8 @@ class AsyncLLM:
         """The growing answer to a conversation, through the model's chat template."""
         served = await self.model("")
         text = served.tokenizer.render(messages)
-        async for output in self.outputs(text, served.tokenizer.encode(text, add_special=False), sampling_params, request_id):
+        ids = await off_loop(len(text), lambda: served.tokenizer.encode(text, add_special=False))
+        async for output in self.outputs(text, ids, sampling_params, request_id):
             yield output
 
     async def outputs(
@@ -282,18 +288,20 @@ def read_model(path: Path, asked: Config) -> tuple[Config, dict[str, str]]:
 
 
 def check_fits(submission: Submission, served: ServedModel) -> None:
-    """Raises `UserError` where a prompt is empty, has ids that are none, or leaves no room."""
+    """Raises `UserError` where a prompt is empty or leaves no room, or a parameter names an id that is none."""
+    wanted = submission.params.max_tokens
     for prompt in submission.prompts:
         if not prompt:
             raise UserError("the prompt is empty: it needs at least one token", "prompt")
-        if min(prompt) < 0 or max(prompt) >= served.tokenizer.vocab_size:
-            raise UserError(f"the prompt has a token id outside 0 to {served.tokenizer.vocab_size - 1}", "prompt")
-        wanted = submission.params.max_tokens
         if len(prompt) + (wanted is None or wanted > 0) > served.max_model_len:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens and the model's context holds {served.max_model_len}, output included",
                 "prompt",
             )
-    for name, ids in (("logit_bias", submission.params.logit_bias), ("stop_token_ids", submission.params.stop_token_ids)):
-        if any(not 0 <= i < served.tokenizer.vocab_size for i in ids):
-            raise UserError(f"{name} has a token id outside 0 to {served.tokenizer.vocab_size - 1}", name)
+    check_ids(submission.params.logit_bias, served.tokenizer.vocab_size, "logit_bias")
+    check_ids(submission.params.stop_token_ids, served.tokenizer.vocab_size, "stop_token_ids")
+
+
+def check_ids(ids: Collection[int], vocab: int, field: str) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+        raise UserError(f"{field} has a token id outside 0 to {vocab - 1}", field)

@@ -1,5 +1,6 @@
-"""A device whose "model" is arithmetic over real paged memory: it stores each token id in its KV slot and samples a hash of all ids that the
-block table leads to. Any mistake in paging, sharing, chunking, feeding or replaying changes the text."""
+"""A device whose "model" is arithmetic over real paged memory: it stores each token id in its KV slot and samples a
+hash of all ids that the block table leads to. Any mistake in paging, sharing, chunking, feeding or replaying changes
+the text."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     .venv/bin/python -m tests.make_reference
 
-`transformers` runs the weights of the same GGUF file, dequantised to float32 by the `gguf` package and not by us, and continues 20 prompts of
-mixed length by 64 tokens, end-of-text ignored. Prompt ids are stored too, so the comparison is of models and not of tokenizers.
+`transformers` runs the weights of the same GGUF file, dequantised to float32 by the `gguf` package and not by us, and
+continues 20 prompts of mixed length by 64 tokens, end-of-text ignored. Prompt ids are stored too, so the comparison is
+of models and not of tokenizers.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ OUT = Path(__file__).parent / "data" / "reference_greedy.json"
 COUNT = 64
 
 STORY = (
-    "The lighthouse keeper had not spoken to anyone for eleven days when the boat came round the point. It carried flour, lamp oil, a"
-    " sack of letters and a boy of about nine who would not say his name. The keeper set the boy to polishing the brass, because brass"
-    " is a thing that answers: you rub it and it shines. By the third evening the boy asked how far the light could be seen. Twenty-one"
-    " miles, said the keeper, on a clear night, from the deck of a tall ship. And who looks at it from there? Somebody who is not sure"
-    " where he is, said the keeper. "
+    "The lighthouse keeper had not spoken to anyone for eleven days when the boat came round the point. It carried flour,"
+    " lamp oil, a sack of letters and a boy of about nine who would not say his name. The keeper set the boy to polishing the"
+    " brass, because brass is a thing that answers: you rub it and it shines. By the third evening the boy asked how far the"
+    " light could be seen. Twenty-one miles, said the keeper, on a clear night, from the deck of a tall ship. And who looks at"
+    " it from there? Somebody who is not sure where he is, said the keeper. "
 )
 FACTS = (
-    "A heat pump moves heat from a cold place to a warm one. It does so by letting a liquid boil at low pressure, squeezing the vapour so"
-    " that it grows hot, and letting it condense where the warmth is wanted. For each unit of electricity it can move three or four units"
-    " of heat. In cold weather the ratio falls, because the difference that must be bridged is larger. "
+    "A heat pump moves heat from a cold place to a warm one. It does so by letting a liquid boil at low pressure, squeezing"
+    " the vapour so that it grows hot, and letting it condense where the warmth is wanted. For each unit of electricity it can"
+    " move three or four units of heat. In cold weather the ratio falls, because the difference that must be bridged is"
+    " larger. "
 )
 
 

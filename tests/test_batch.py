@@ -1,4 +1,5 @@
-"""Batching over the fake device: every text must equal the plain oracle's, however steps are cut, shared, preempted or overlapped."""
+"""Batching over the fake device: every text must equal the plain oracle's, however steps are cut, shared, preempted or
+overlapped."""
 
 from __future__ import annotations
 

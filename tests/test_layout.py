@@ -25,7 +25,7 @@ PURE = ("sched/job.py", "sched/policy.py", "sched/admission.py", "sched/text.py"
 
 
 def sources() -> list[Path]:
-    return [p for room in MAY_IMPORT for p in sorted((ROOT / room).rglob("*.py")) + [ROOT / f"{room}.py"] if p.exists()]
+    return [p for room in MAY_IMPORT for p in [*sorted((ROOT / room).rglob("*.py")), ROOT / f"{room}.py"] if p.exists()]
 
 
 def imports(path: Path) -> set[str]:

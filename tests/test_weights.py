@@ -178,7 +178,6 @@ def test_gguf_has_hugging_faces_names_and_row_order(tmp_path: Path, arch: str) -
 SPECS = [
     WeightSpec("embed", (9, 16), ("embed",), "embedding"),
     WeightSpec("qkv", (40, 16), ("q", "k", "v")),
-    WeightSpec("qkv_bias", (40,), ("qb", "kb", "vb"), "vector", optional=True),
     WeightSpec("norm", (16,), ("norm",), "vector"),
 ]
 
@@ -194,7 +193,7 @@ def test_pack_and_map(tmp_path: Path, slab: int, dtype: str) -> None:
     packed = pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, dtype, slab)
     manifest = msgspec.msgpack.decode(msgspec.msgpack.encode(packed), type=Manifest)
     assert manifest == packed
-    assert [e.name for e in manifest.entries] == ["embed", "qkv", "norm"]  # the optional biases are not in the file
+    assert [e.name for e in manifest.entries] == ["embed", "qkv", "norm"]
     assert manifest.nbytes == sum(manifest.slabs) == os.fstat(slab).st_size
     assert manifest.nbytes % SLAB_ALIGN == 0 and manifest.nbytes == packed_size(SPECS, dtype)
     views = map_slabs(manifest, [slab])
@@ -209,15 +208,6 @@ def test_pack_and_map(tmp_path: Path, slab: int, dtype: str) -> None:
     want = qkv.numpy() if dtype == "float32" else bits(qkv)
     assert np.array_equal(np.frombuffer(views["qkv"], want.dtype).reshape(40, 16), want)
     assert np.array_equal(np.frombuffer(views["norm"], np.float32), tensors["norm"].numpy())
-
-
-def test_optional_tensors_are_all_there_or_none(tmp_path: Path, slab: int) -> None:
-    biases = {"qb": tensor(24), "kb": tensor(8), "vb": tensor(8)}
-    packed = pack(open_checkpoint(folder(tmp_path, parts() | biases)), SPECS, "float32", slab)
-    assert [e.name for e in packed.entries] == ["embed", "qkv", "qkv_bias", "norm"]
-    del biases["kb"]
-    with pytest.raises(UserError, match="has no tensor kb"):
-        pack(open_checkpoint(folder(tmp_path, parts() | biases)), SPECS, "float32", slab)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path, slab: int) -> None:

@@ -174,7 +174,14 @@ class Device(Protocol):
         ...
 
     def rope_store(
-        self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, kv: tuple[Tensor, Tensor], kv_slots: Tensor, heads: int, kv_heads: int
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv: tuple[Tensor, Tensor],
+        kv_slots: Tensor,
+        heads: int,
+        kv_heads: int,
     ) -> None:
         """Rotate q and k of [q | k | v] in place (halves convention, as in Hugging Face) and write k and v to the cache.
 
@@ -182,7 +189,15 @@ class Device(Protocol):
         ...
 
     def attention(
-        self, out: Tensor, qkv: Tensor, kv: tuple[Tensor, Tensor], attention: Any, heads: int, kv_heads: int, scale: float, window: int
+        self,
+        out: Tensor,
+        qkv: Tensor,
+        kv: tuple[Tensor, Tensor],
+        attention: Any,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int,
     ) -> None:
         """Causal attention of this step's queries over the paged cache; window > 0: only the last `window` positions."""
         ...
@@ -204,5 +219,6 @@ def open_device(name: str, dtype: str, threads: int) -> Device:
 
 
 def default_block_size(name: str) -> int:
-    """The block size a device likes, known without importing its libraries. 16 tokens on cpu: small enough to share short prefixes."""
+    """The block size a device likes, known without importing its libraries. 16 tokens on cpu: small enough to share
+    short prefixes."""
     return 16

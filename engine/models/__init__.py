@@ -30,7 +30,6 @@ class WeightSpec:
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # Hugging Face tensor names
     kind: str = "matrix"
-    optional: bool = False  # absent in the file: left out
 
 
 class Model(Protocol):
@@ -59,5 +58,7 @@ def build(config: dict[str, Any]) -> Model:
         if name in ARCHITECTURES:
             return importlib.import_module(ARCHITECTURES[name]).Model(config)
     raise UserError(
-        f"model architecture {', '.join(names) or 'not named in config.json'} is not supported; these are: {', '.join(ARCHITECTURES)}", "model"
+        f"model architecture {', '.join(names) or 'not named in config.json'} is not supported;"
+        f" these are: {', '.join(ARCHITECTURES)}",
+        "model",
     )

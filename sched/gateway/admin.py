@@ -11,6 +11,7 @@ from sched.gateway import errors, prompt, schema
 from sched.gateway.face import Card
 from sched.gateway.keys import SERVICE, VERSION
 from sched.gateway.openai import served
+from sched.off_loop import off_loop
 
 
 def reply(value: Any, status: int = 200) -> web.Response:
@@ -57,7 +58,7 @@ async def tokenize(request: web.Request) -> web.Response:
         ids = await prompt.chat_ids(model, asked.messages, asked, add_special=bool(asked.add_special_tokens))
     else:
         text, special = asked.prompt or "", asked.add_special_tokens is not False
-        ids = await prompt.off_loop(len(text), lambda: tokenizer.encode(text, special))
+        ids = await off_loop(len(text), lambda: tokenizer.encode(text, special))
     strings = [tokenizer.token(id) for id in ids] if asked.return_token_strs else None
     return reply({"count": len(ids), "max_model_len": model.max_model_len, "tokens": list(ids), "token_strs": strings})
 
@@ -66,7 +67,7 @@ async def detokenize(request: web.Request) -> web.Response:
     asked = schema.decode(schema.DETOKENIZE, await request.read())
     model = await served(request.app[SERVICE], asked.model)
     prompt.check_ids(asked.tokens, model.tokenizer.vocab_size, "tokens")
-    text = await prompt.off_loop(len(asked.tokens), lambda: model.tokenizer.decode(asked.tokens, skip_special=False))
+    text = await off_loop(len(asked.tokens), lambda: model.tokenizer.decode(asked.tokens, skip_special=False))
     return reply({"prompt": text})
 
 

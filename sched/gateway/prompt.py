@@ -5,11 +5,9 @@ Long texts are tokenised in a thread, so that a book in one request does not hol
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from array import array
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -17,17 +15,10 @@ from engine.types import SamplingParams, UserError
 from sched.gateway import schema
 from sched.gateway.errors import Problem
 from sched.gateway.face import Model
+from sched.off_loop import off_loop
 
-INLINE = 8192  # characters tokenised on the loop: about a millisecond; a thread costs a tenth of that
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 RESERVED = {"self", "messages", "tools", "add_generation_prompt", "continue_final_message"}  # set by their own fields
-
-R = TypeVar("R")
-
-
-async def off_loop(size: int, work: Callable[[], R]) -> R:
-    return work() if size <= INLINE else await asyncio.to_thread(work)
-
 
 # ---- messages -------------------------------------------------------------------------------------------------------
 

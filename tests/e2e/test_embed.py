@@ -59,8 +59,9 @@ def test_async_llm_lives_in_a_host_loop_and_leaves_it_clean(model):
             async for out in engine.generate("abc", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)):
                 texts.append(out.outputs[0].text)
             assert out.finished and len(texts) > 1 and texts == sorted(texts, key=len)
-            async for out in engine.generate("abc", SamplingParams(max_tokens=200, ignore_eos=True)):
-                break  # leaving early cancels
+            leaving_early = engine.generate("abc", SamplingParams(max_tokens=200, ignore_eos=True))
+            assert not (await anext(leaving_early)).finished
+            await leaving_early.aclose()  # cancels
             assert engine.health()["status"] == "ok"
             await asyncio.sleep(0)
         assert asyncio.all_tasks() == before

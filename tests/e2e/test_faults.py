@@ -1,4 +1,5 @@
-"""Processes that die under load: every stream must end with the text it would have had. `bench/soak.py` does the same for longer."""
+"""Processes that die under load: every stream must end with the text it would have had. `bench/soak.py` does the same
+for longer."""
 
 from __future__ import annotations
 
@@ -138,3 +139,24 @@ def test_a_stopped_te_makes_health_fail(server):
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until("health recovers", lambda: server.get("/health")[0] == 200)
+
+
+def test_a_stuck_te_is_replaced_and_its_requests_replayed(tmp_path):
+    """A process that hangs without dying is killed after --stall-timeout; the stream goes on elsewhere."""
+    model = tiny.make(tmp_path / "tiny", max_position_embeddings=4096)
+    with Server(model, "--max-model-len", "2048", "--stall-timeout", "1") as server:
+        server.ready()
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+
+            def text(on_chunk=lambda n: None) -> str:
+                ask = {"model": "tiny", "prompt": "abc", "max_tokens": 1500, "temperature": 0, "extra_body": {"ignore_eos": True}}
+                found = ""
+                for n, chunk in enumerate(client.completions.create(**ask, stream=True)):
+                    found += chunk.choices[0].text
+                    on_chunk(n)
+                return found
+
+            undisturbed = text()
+            (before,) = server.tes()
+            assert text(lambda n: n == 20 and os.kill(before["pid"], signal.SIGSTOP)) == undisturbed
+            assert server.tes()[0]["pid"] != before["pid"] and replays(server) == 1

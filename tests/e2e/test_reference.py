@@ -1,6 +1,7 @@
 """The default model against an independent implementation: greedy ids must be equal in float32, however the work is cut.
 
-tests/data/reference_greedy.json is made by tests/make_reference.py (transformers on the same file, dequantised by the gguf package).
+tests/data/reference_greedy.json is made by tests/make_reference.py (transformers on the same file, dequantised by the
+gguf package).
 """
 
 from __future__ import annotations
