@@ -128,10 +128,15 @@ class Cluster:
                 for te in range(self.count):
                     group.create_task(self.keep_te(te))
         except* UserError as errors:
-            self.failure = errors.exceptions[0] if isinstance(errors.exceptions[0], UserError) else UserError(str(errors))
-            self.first_ready.set()
+            first = errors.exceptions[0]
+            self.give_up(first if isinstance(first, UserError) else UserError(str(first)))
         finally:
             await self.stop()
+
+    def give_up(self, why: UserError) -> None:
+        """No TE will ever come up."""
+        self.failure = why
+        self.first_ready.set()
 
     async def keep_keeper(self) -> None:
         deaths = 0

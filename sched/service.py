@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 import uuid
@@ -32,6 +33,7 @@ from sched.off_loop import off_loop
 from sched.stream import CompletionOutput, RequestOutput, Stream, Submission, Unavailable, UnknownModel
 
 Message = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class ModelCard(msgspec.Struct):
@@ -130,7 +132,11 @@ class AsyncLLM:
             raise
 
     async def keep_running(self, cluster: Cluster) -> None:
-        await cluster.run()
+        try:
+            await cluster.run()
+        except Exception as e:  # a bug: told like any other failure, and not only when somebody awaits this task
+            log.exception("event=cluster_failed")
+            cluster.give_up(UserError(f"internal error in the cluster manager: {e!r}"))
         if cluster.failure is not None:
             self.fail(cluster.failure)
 
