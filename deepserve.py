@@ -224,10 +224,11 @@ def announce(engine: AsyncLLM, url: str) -> None:
 async def show_config(config: Config, origin: dict[str, str]) -> int:
     """Every setting, its resolved value and why."""
     from scale import pull
-    from sched.service import read_model
+    from sched.service import make_plan
 
     try:
-        config, why = await asyncio.to_thread(read_model, pull.resolve(config.model), config)
+        plan, why = await asyncio.to_thread(make_plan, pull.resolve(config.model), config)
+        config = plan.config
     except UserError as e:
         say(f"automatic values are not resolved: {e}")
         why = {}

@@ -42,7 +42,7 @@ setup() {
     $py -m pip install --quiet --disable-pip-version-check --index-url "$2" "$(grep -o '^torch==[^ ]*' requirements.txt)" || die "pip could not install torch from $2"
   fi
   install requirements.txt
-  compgen -G "engine/native/build/*.so" >/dev/null || $py -m engine.native >&2
+  compgen -G "engine/native/build/deepserve-cpu-*.so" >/dev/null || $py -m engine.native >&2
 }
 
 command=serve

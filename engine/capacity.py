@@ -6,6 +6,7 @@ setting is refused before a process is made, with the value that would do.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import msgspec
 from engine.config import Config
 from engine.devices import default_block_size
 from engine.models import Model
+from engine.native import cpu
 from engine.types import OutOfMemory, UserError
+
+log = logging.getLogger(__name__)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Without a setting a TE's KV cache may grow to this share of the memory that is free after the weights: the box has other users.
@@ -30,6 +34,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     free_bytes: int
     cores: int
+    compiled: bool = False  # the compiled CPU kernels are there, for this processor
 
 
 def machine() -> Machine:
@@ -48,7 +53,22 @@ def machine() -> Machine:
             cores = max(1, min(cores, int(int(quota) / int(period))))
     except (OSError, ValueError):
         pass
-    return Machine(free, cores)
+    return Machine(free, cores, has_compiled_kernels())
+
+
+def has_compiled_kernels() -> bool:
+    """Whether the compiled CPU kernels can be used, building them where they are missing. Without them the reference operators
+    serve, and that is logged; DEEPSERVE_CPU_ISA=reference asks for that. Raises `UserError` for an instruction set that
+    isn't there."""
+    if os.environ.get(cpu.VARIABLE) == "reference":
+        return False
+    try:
+        cpu.load()
+    except UserError as e:
+        log.warning("event=no_compiled_kernels why=%s", e)
+        return False
+    cpu.choose()
+    return True
 
 
 def read_number(path: str) -> int | None:
@@ -88,7 +108,8 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         why["device"] = "no accelerator backend in this build"
     dtype = config.dtype
     if dtype == "auto":
-        dtype, why["dtype"] = "float32", "the reference operators' precision on cpu"
+        dtype = auto_dtype(box)
+        why["dtype"] = "the compiled kernels' precision on cpu" if box.compiled else "the reference operators' precision on cpu"
     block_size = config.block_size or default_block_size(device)
     if config.block_size is None:
         why["block_size"] = f"what {device} likes"
@@ -151,6 +172,11 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         kv_cache_memory_bytes=blocks * block_bytes,
     )
     return resolved, why
+
+
+def auto_dtype(box: Machine) -> str:
+    """What --dtype auto means on this machine."""
+    return "bfloat16" if box.compiled else "float32"
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

@@ -35,7 +35,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[list[str], Meta(description="keys accepted as `Authorization: Bearer KEY`; none: no check")] = []
     device: Annotated[DeviceName, Meta(description="where the model runs")] = "auto"
-    dtype: Annotated[DType, Meta(description="precision of weights, activations and KV cache; auto is float32 on cpu")] = "auto"
+    dtype: Annotated[
+        DType,
+        Meta(
+            description="precision of weights, activations and KV cache; auto on cpu is bfloat16 on the compiled kernels, float32 without them"
+        ),
+    ] = "auto"
     max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences a TE runs at once")] = 64
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20, description="tokens a step computes at most")] = 1024

@@ -16,14 +16,14 @@ NOTHING = np.empty(0, np.int32)
 
 
 class Executor:
-    def __init__(self, device: Device, model: Model, kv: KVCache, tables: np.ndarray, block_size: int):
+    def __init__(self, device: Device, model: Model, kv: KVCache, tables: np.ndarray, block_size: int, max_tokens: int):
         self.device = device
         self.model = model
         self.kv = kv
         self.tables = tables  # int32 [slots, blocks a sequence has at most]; the batch writes it
         self.block_size = block_size
         slots = len(tables)
-        device.configure(vocab=model.vocab, slots=slots)
+        device.configure(vocab=model.vocab, slots=slots, tokens=max_tokens)
         # Sampling columns by slot, written when a sequence's sampling state is set up.
         self.temperature = np.zeros(slots, np.float32)
         self.top_k = np.zeros(slots, np.int32)

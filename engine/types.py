@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -30,6 +30,11 @@ class UserError(ValueError):
 
 class OutOfMemory(UserError):
     """Something does not fit; the text names the flag and a value that would."""
+
+
+# How packed matrices lie in memory. "rows": row-major, as in the file; "panels": bfloat16 as the compiled CPU kernels read it
+# (engine/native/cpu/cpu.h).
+WeightFormat = Literal["rows", "panels"]
 
 
 # ---- token ids on the wire ------------------------------------------------------------------------------------------

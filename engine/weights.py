@@ -25,7 +25,7 @@ from engine.hub import is_gguf, model_config, read_json
 from engine.models import WeightSpec
 from engine.native import checksum
 from engine.quants import CHUNK, dequantize
-from engine.types import UserError
+from engine.types import UserError, WeightFormat
 
 log = logging.getLogger(__name__)
 
@@ -214,13 +214,16 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 
+PANEL_ROWS = 16
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One packed tensor."""
 
     name: str
     dtype: str  # float32 | bfloat16
     shape: tuple[int, ...]
-    format: str  # "rows": row-major, as in the file
+    format: WeightFormat
     slab: int
     offset: int
     nbytes: int
@@ -233,52 +236,80 @@ class Manifest(msgspec.Struct, frozen=True):
     entries: list[Entry]
     slabs: list[int]  # bytes of each
     nbytes: int  # of all slabs
+    format: WeightFormat = "rows"  # of matrices
 
 
 def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def layout(specs: Sequence[WeightSpec], dtype: str) -> Iterator[tuple[WeightSpec, str, int, int]]:
+def layout(specs: Sequence[WeightSpec], dtype: str, format: WeightFormat) -> Iterator[tuple[WeightSpec, str, int, int]]:
     """(spec, dtype, offset, bytes) for each."""
     offset = 0
     for spec in specs:
         kind = "float32" if spec.kind == "vector" else dtype
-        nbytes = prod(spec.shape) * NUMPY_DTYPE[kind].itemsize
+        shape = spec.shape
+        if format == "panels" and spec.kind != "vector":
+            shape = (round_up(shape[0], PANEL_ROWS), round_up(shape[1], 2))
+        nbytes = prod(shape) * NUMPY_DTYPE[kind].itemsize
         yield spec, kind, offset, nbytes
         offset = round_up(offset + nbytes, TENSOR_ALIGN)
 
 
-def packed_size(specs: Sequence[WeightSpec], dtype: str) -> int:
+def packed_size(specs: Sequence[WeightSpec], dtype: str, format: WeightFormat = "rows") -> int:
     """Bytes of the slab that `pack` makes."""
-    end = max((offset + nbytes for _, _, offset, nbytes in layout(specs, dtype)), default=0)
+    end = max((offset + nbytes for _, _, offset, nbytes in layout(specs, dtype, format)), default=0)
     return round_up(end, SLAB_ALIGN)
 
 
-def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: int) -> Manifest:
+def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: int, format: WeightFormat = "rows") -> Manifest:
     """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
     for spec in specs:
         check_present(checkpoint, spec)
     report_unused(checkpoint, specs)
-    size = packed_size(specs, dtype)
+    size = packed_size(specs, dtype, format)
     os.ftruncate(fd, size)
     slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
 
     def write(item: tuple[WeightSpec, str, int, int]) -> Entry:
         spec, kind, offset, nbytes = item
         data = slab[offset : offset + nbytes]
-        tensor = data.view(NUMPY_DTYPE[kind]).reshape(spec.shape)
-        row = 0
-        for source in spec.sources:
-            rows = checkpoint.shape(source)[0]
-            checkpoint.read_into(source, tensor[row : row + rows])
-            row += rows
+        if format == "panels" and spec.kind != "vector":
+            write_panels(checkpoint, spec, data)
+            return Entry(spec.name, kind, spec.shape, format, 0, offset, nbytes, checksum(data))
+        read_rows(checkpoint, spec, 0, data.view(NUMPY_DTYPE[kind]).reshape(spec.shape))
         return Entry(spec.name, kind, spec.shape, "rows", 0, offset, nbytes, checksum(data))
 
     # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
-        entries = list(pool.map(write, layout(specs, dtype)))
-    return Manifest(entries, [size], size)
+        entries = list(pool.map(write, layout(specs, dtype, format)))
+    return Manifest(entries, [size], size, format)
+
+
+def read_rows(checkpoint: Checkpoint, spec: WeightSpec, first: int, out: np.ndarray) -> None:
+    """Rows `first` to `first + len(out)` of a spec's sources, one under another."""
+    begin = 0
+    for source in spec.sources:
+        rows = checkpoint.shape(source)[0]
+        low, high = max(first, begin), min(first + len(out), begin + rows)
+        if low < high:
+            checkpoint.read_into(source, out[low - first : high - first], slice(low - begin, high - begin))
+        begin += rows
+
+
+def write_panels(checkpoint: Checkpoint, spec: WeightSpec, data: np.ndarray) -> None:
+    """A matrix into bfloat16 panels of 16 rows, some at a time, so that what is read stays in cache."""
+    from engine.native import cpu
+
+    rows, columns = spec.shape
+    some = max(PANEL_ROWS, (1 << 19) // columns // PANEL_ROWS * PANEL_ROWS)  # 1 MiB of bfloat16
+    panel_bytes = round_up(columns, 2) * PANEL_ROWS * 2
+    chunk = np.empty((min(some, rows), columns), np.uint16)
+    for first in range(0, rows, some):
+        part = chunk[: min(some, rows - first)]
+        read_rows(checkpoint, spec, first, part)
+        to = data[first // PANEL_ROWS * panel_bytes :]
+        cpu.pack_bf16(to.ctypes.data, part.ctypes.data, len(part), columns, is_float=False)
 
 
 def check_present(checkpoint: Checkpoint, spec: WeightSpec) -> None:

@@ -77,7 +77,7 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
         marked = now
 
     inbox.beat()
-    device = open_device(config.device, config.dtype, birth.threads)
+    device = open_device(config.device, config.dtype, birth.threads, birth.manifest.format)
     model = models.build(birth.model_config)
     mark("te_pre_load")
     mapped = weights.map_slabs(birth.manifest, birth.slabs)
@@ -94,7 +94,7 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
         max_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
     )
-    executor = Executor(device, model, kv, batch.tables, config.block_size)
+    executor = Executor(device, model, kv, batch.tables, config.block_size, config.max_num_batched_tokens)
     dummy_request(batch, executor, inbox)
     mark("te_post_load")
     tell(

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine import capacity, native
+from engine.native import cpu
 from engine.types import UserError
 from scale import pull
 
@@ -38,6 +39,7 @@ def findings() -> Iterator[Finding]:
         yield Finding(True, "native helper", f"built ({compiler or 'no compiler now'})")
     except UserError as e:
         yield Finding(False, "native helper", "missing", str(e))
+    yield kernels()
     for package in ("torch", "numpy", "aiohttp", "uvloop", "msgspec", "orjson", "tokenizers", "jinja2"):
         yield library(package)
     for name in pull.KNOWN:
@@ -46,6 +48,16 @@ def findings() -> Iterator[Finding]:
     driver = Path("/usr/local/Ascend/driver/version.info").exists()
     found = "driver found; this build serves on cpu only" if driver else "none found; this build serves on cpu only"
     yield Finding(True, "ascend npu", found)
+
+
+def kernels() -> Finding:
+    """Which compiled CPU kernels serve."""
+    if os.environ.get(cpu.VARIABLE) == "reference":
+        return Finding(True, "cpu kernels", f"off: {cpu.VARIABLE}=reference")
+    try:
+        return Finding(True, "cpu kernels", f"{cpu.choose()} (this machine also has: {', '.join(cpu.available())})")
+    except UserError as e:
+        return Finding(False, "cpu kernels", "none: the slower reference operators serve", str(e))
 
 
 def library(package: str) -> Finding:

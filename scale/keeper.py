@@ -25,7 +25,7 @@ import msgspec
 
 from engine import native
 from engine.config import Config
-from engine.types import UserError
+from engine.types import UserError, WeightFormat
 
 
 class Msg(msgspec.Struct, tag=True, array_like=True):
@@ -33,11 +33,12 @@ class Msg(msgspec.Struct, tag=True, array_like=True):
 
 
 class Pack(Msg):
-    """Have the checkpoint at `path` packed as `dtype`, under `key`."""
+    """Have the checkpoint at `path` packed as `dtype` in the layout `format`, under `key`."""
 
     key: str
     path: str
     dtype: str
+    format: WeightFormat
 
 
 class Spawn(Msg):
@@ -272,7 +273,7 @@ def pack_into(order: Pack, slab: int, writing: int) -> int:
     try:
         checkpoint = weights.open_checkpoint(order.path)
         specs = models.build(checkpoint.config).weights()
-        report = msgspec.msgpack.encode((checkpoint.config, weights.pack(checkpoint, specs, order.dtype, slab)))
+        report = msgspec.msgpack.encode((checkpoint.config, weights.pack(checkpoint, specs, order.dtype, slab, order.format)))
     except UserError as e:
         status, report = 1, msgspec.msgpack.encode((str(e), e.param))
     except OSError as e:
@@ -285,6 +286,7 @@ def pack_into(order: Pack, slab: int, writing: int) -> int:
 def warm_up() -> None:
     """Import what every TE will need. Nothing here may start a thread or touch a device."""
     import engine.devices.cpu
+    import engine.devices.cpu_native
     import engine.models.llama
     import engine.worker  # noqa: F401
 

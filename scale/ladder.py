@@ -17,6 +17,7 @@ import msgspec
 
 from engine import shmq
 from engine.config import Config
+from engine.types import WeightFormat
 from scale.keeper_client import KeeperClient
 
 STEPS = ("scaler_pre", "te_pre_load", "te_load", "te_post_load", "scaler_post")
@@ -26,6 +27,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What to bring up."""
 
     key: str  # of the packed model
+    format: WeightFormat
     path: str
     config: Config  # resolved
     threads: int
@@ -60,7 +62,7 @@ async def fork_te(
     Raises `UserError` (the model can't be packed) or `KeeperDied`."""
     climb = Climb(te, clock())
     mark = climb.began
-    await keeper.order_pack(plan.key, plan.path, plan.config.dtype)  # goes on beside the imports
+    await keeper.order_pack(plan.key, plan.path, plan.config.dtype, plan.format)  # goes on beside the imports
     await asyncio.shield(keeper.warm)
     climb.steps["scaler_pre"] = clock() - mark
     mark = clock()

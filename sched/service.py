@@ -22,6 +22,7 @@ import msgspec
 
 from engine import capacity, models, native, weights
 from engine.config import Config, resolve
+from engine.devices import weight_format
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, UserError, checked
 from scale import ladder, pull
@@ -118,10 +119,9 @@ class AsyncLLM:
             native.load()
             if not self.names:
                 self.names = [pull.model_id(self.asked.model, path)]
-            config, why = await asyncio.to_thread(read_model, path, self.asked)
-            self.config, self.why = config, why
+            plan, self.why = await asyncio.to_thread(make_plan, path, self.asked)
+            config = self.config = plan.config
             metrics = self.metrics_of = Metrics(self.names[0])
-            plan = ladder.Plan(f"{path}:{config.dtype}", str(path), config, capacity.threads_for(config, capacity.machine()))
             je = self.je = JobExecutor(config, metrics, self.rng)
             cluster = self.cluster = Cluster(plan, self.names[0], config.te, je, config.stall_timeout)
             metrics.watch(cluster, lambda: len(je.held))
@@ -285,12 +285,17 @@ class AsyncLLM:
                 yield output
 
 
-def read_model(path: Path, asked: Config) -> tuple[Config, dict[str, str]]:
-    """The Config resolved against the model's description and this machine. Reads no weights."""
+def make_plan(path: Path, asked: Config) -> tuple[ladder.Plan, dict[str, str]]:
+    """What a TE of this model is on this machine, with the Config resolved, and why its values are so. Reads no weights."""
     checkpoint = weights.open_checkpoint(path)
     model = models.build(checkpoint.config)
-    dtype = "float32" if asked.dtype == "auto" else asked.dtype
-    return capacity.resolve(asked, model, weights.packed_size(model.weights(), dtype), capacity.machine())
+    box = capacity.machine()
+    dtype = capacity.auto_dtype(box) if asked.dtype == "auto" else asked.dtype
+    size = weights.packed_size(model.weights(), dtype, weight_format("cpu", dtype, box.compiled))
+    config, why = capacity.resolve(asked, model, size, box)
+    format = weight_format(config.device, config.dtype, box.compiled)
+    key = f"{path}:{config.dtype}:{format}"
+    return ladder.Plan(key, format, str(path), config, capacity.threads_for(config, box)), why
 
 
 def check_fits(submission: Submission, served: ServedModel) -> None:

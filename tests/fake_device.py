@@ -63,7 +63,7 @@ class FakeDevice:
         self.queue: list[Lazy] = []
         self.tokens_run = 0
 
-    def configure(self, *, vocab: int, slots: int) -> None:
+    def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         self.last = np.full(slots, -1, np.int64)
 
     def launch(self, forward: object, step: StepInputs) -> Lazy:
@@ -138,7 +138,7 @@ class Engine:
         self.rtc = RTC(blocks, block_size, caching)
         self.batch = Batch(self.rtc, max_seqs=max_seqs, max_tokens=max_tokens, max_len=max_len)
         self.device = FakeDevice(blocks, block_size)
-        self.executor = Executor(self.device, FakeModel(), None, self.batch.tables, block_size)  # type: ignore[arg-type]
+        self.executor = Executor(self.device, FakeModel(), None, self.batch.tables, block_size, max_tokens)  # type: ignore[arg-type]
         self.told: list[FromWorker] = []
         self.core = Core(self.batch, self.executor, ListInbox(), self.told.append, clock=lambda: 1.0)
         self.flying: list = []

@@ -11,6 +11,7 @@ import numpy as np
 from engine import models, weights
 from engine.devices import SamplingRows, SlotSetup, StepInputs, StepOutput
 from engine.devices.cpu import CpuDevice
+from engine.devices.cpu_native import NativeCpuDevice
 
 Part = tuple[Sequence[int], int, int]  # (all ids of a sequence, first to compute, how many)
 
@@ -41,23 +42,34 @@ def rows(count: int, **columns: object) -> SamplingRows:
 
 
 class Rig:
-    """One model on the cpu device with a small paged cache, sequences in tables of shuffled blocks."""
+    """One model on a cpu device with a small paged cache, sequences in tables of shuffled blocks.
+
+    `native`: the compiled kernels (bfloat16) on so many threads; None: the reference operators."""
 
     def __init__(
-        self, path: Path, *, dtype: str = "float32", blocks: int = 128, block_size: int = 4, max_len: int = 256, seed: int = 0
+        self,
+        path: Path,
+        *,
+        dtype: str = "float32",
+        blocks: int = 128,
+        block_size: int = 4,
+        max_len: int = 256,
+        seed: int = 0,
+        native: int | None = None,
     ):
         checkpoint = weights.open_checkpoint(path)
         self.model = models.build(checkpoint.config)
-        self.device = CpuDevice(dtype, threads=1)
+        self.device = CpuDevice(dtype, threads=1) if native is None else NativeCpuDevice(native)
         fd = os.memfd_create("weights")
-        manifest = weights.pack(checkpoint, self.model.weights(), dtype, fd)
+        format, dtype = ("rows", dtype) if native is None else ("panels", "bfloat16")
+        manifest = weights.pack(checkpoint, self.model.weights(), dtype, fd, format)
         mapped = weights.map_slabs(manifest, [fd])
         os.close(fd)
         self.model.bind(
             self.device, {e.name: self.device.weight(mapped[e.name], e.dtype, e.shape) for e in manifest.entries}, max_len
         )
         self.kv = self.device.kv_cache(self.model.layers, blocks, block_size, self.model.kv_heads, self.model.head_dim)
-        self.device.configure(vocab=self.model.vocab, slots=64)
+        self.device.configure(vocab=self.model.vocab, slots=64, tokens=1024)
         self.block_size = block_size
         self.free = np.random.default_rng(seed).permutation(blocks).tolist()
 
@@ -97,10 +109,15 @@ class Rig:
 
         def forward(device, step):
             logits = self.model.forward(device, step, self.kv)
-            kept.append(logits.float().numpy().copy())
+            if isinstance(device, CpuDevice):
+                kept.append(logits.float().numpy().copy())
             return logits
 
-        self.device.launch(forward, self.inputs(parts, tables, want)).result()
+        step = self.inputs(parts, tables, want)
+        self.device.launch(forward, step).result()
+        if isinstance(self.device, NativeCpuDevice):
+            count = len(step.rows) * self.model.vocab
+            kept.append(np.frombuffer(self.device.memory["logits.full"], np.float32, count).reshape(-1, self.model.vocab).copy())
         return kept[0]
 
     def launch(self, step: StepInputs):

@@ -378,7 +378,7 @@ from tests.harness import rows
 assert os.environ["GOMP_SPINCOUNT"] == "2000"
 threads = os.listdir("/proc/self/task")  # importing numpy may have started some
 device = CpuDevice("float32", 2)
-device.configure(vocab=10, slots=2)
+device.configure(vocab=10, slots=2, tokens=16)
 assert os.listdir("/proc/self/task") == threads
 if os.fork() == 0:
     import torch

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.types import UserError
+from engine.types import UserError, WeightFormat
 
 Tensor = Any  # opaque outside this folder
 Rows = Any  # opaque row count of a step: `StepView.tokens` or `StepView.sampled`
@@ -141,8 +141,8 @@ class Device(Protocol):
         """Memory is committed when first written. Raises `OutOfMemory`."""
         ...
 
-    def configure(self, *, vocab: int, slots: int) -> None:
-        """Sizes the sampling state: once, before the first launch."""
+    def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
+        """Sizes the sampling state and the scratch (`tokens`: the most a step has): once, before the first launch."""
         ...
 
     # ---- execution --------------------------------------------------------------------------------------------------
@@ -209,13 +209,22 @@ class Device(Protocol):
     def take_rows(self, out: Tensor, x: Tensor, rows: Tensor) -> None: ...
 
 
-def open_device(name: str, dtype: str, threads: int) -> Device:
-    """The device called `name` ("auto" takes the best there is). Raises `UserError` for one that isn't there."""
-    if name in ("auto", "cpu"):
+def open_device(name: str, dtype: str, threads: int, weights: WeightFormat = "rows") -> Device:
+    """The device called `name` that reads packed `weights`. Raises `UserError` for one that isn't there."""
+    if name == "cpu" and weights == "panels":
+        from engine.devices.cpu_native import NativeCpuDevice
+
+        return NativeCpuDevice(threads)
+    if name == "cpu":
         from engine.devices.cpu import CpuDevice
 
         return CpuDevice(dtype, threads)
     raise UserError(f"--device {name}: not a device of this build; use cpu", "device")
+
+
+def weight_format(name: str, dtype: str, compiled: bool) -> WeightFormat:
+    """How weights are packed for a device; `compiled`: this machine has the compiled CPU kernels."""
+    return "panels" if name == "cpu" and dtype == "bfloat16" and compiled else "rows"
 
 
 def default_block_size(name: str) -> int:

@@ -53,7 +53,7 @@ class CpuDevice:
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CpuKVCache:
         return CpuKVCache((layers, 2, blocks, block_size, kv_heads, head_dim), self.dtype)
 
-    def configure(self, *, vocab: int, slots: int) -> None:
+    def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         self.sampler = Sampler(vocab, slots)
 
     def buffer(self, name: str, rows: int, width: int) -> Tensor:

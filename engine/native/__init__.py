@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -90,63 +90,80 @@ class Library:
 # ---- building ------------------------------------------------------------------------------------------------------
 
 
+def content_name(stem: str, flags: Sequence[str], sources: Sequence[Path]) -> str:
+    """A library's name: the same sources, flags and kind of machine give the same one."""
+    digest = hashlib.sha256(" ".join((*flags, sys.platform, platform.machine())).encode())
+    for source in sources:
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return f"{stem}-{digest.hexdigest()[:16]}.so"
+
+
 def file_name() -> str:
-    """The library's name: the same sources, flags and kind of machine give the same one."""
-    digest = hashlib.sha256(" ".join((*FLAGS, sys.platform, platform.machine())).encode())
-    for source in SOURCES:
-        digest.update(source.encode() + b"\0" + (HERE / source).read_bytes())
-    return f"deepserve-{digest.hexdigest()[:16]}.so"
+    return content_name("deepserve", FLAGS, [HERE / source for source in SOURCES])
 
 
 def folders() -> list[Path]:
-    """Where the library may be, best first: beside its sources, or in the user's cache where those are read-only."""
+    """Where libraries may be, best first: beside their sources, or in the user's cache where those are read-only."""
     home = Path(os.environ.get("DEEPSERVE_HOME") or "~/.cache/deepserve").expanduser()
     return [HERE / "build", home / "native"]
 
 
+def find_built(name: str) -> Path | None:
+    return next((path for folder in folders() if (path := folder / name).is_file()), None)
+
+
 def find() -> Path | None:
     """The built library, if there is one."""
-    return next((path for folder in folders() if (path := folder / file_name()).is_file()), None)
+    return find_built(file_name())
 
 
-def find_compiler() -> str:
-    """$CC, else the first of COMPILERS on the PATH."""
-    named = os.environ.get("CC")
+def find_compiler(variable: str = "CC", names: Sequence[str] = COMPILERS, language: str = "C", package: str = "gcc") -> str:
+    """The compiler that the environment variable names, else the first of `names` on the PATH."""
+    named = os.environ.get(variable)
     if named:
         if shutil.which(named.split()[0]) is None:
-            raise UserError(f"CC={named}: there is no such compiler; unset CC or name one that is installed")
+            raise UserError(f"{variable}={named}: there is no such compiler; unset {variable} or name one that is installed")
         return named
-    for name in COMPILERS:
+    for name in names:
         if shutil.which(name):
             return name
-    raise UserError(f"no C compiler ({', '.join(COMPILERS)}) found; install one, for example: apt install gcc")
+    raise UserError(f"no {language} compiler ({', '.join(names)}) found; install one, for example: apt install {package}")
 
 
-def build() -> Path:
-    """Compile the library; harmless beside another process that does the same. Raises `UserError`."""
-    compiler = find_compiler()
+def put_built(name: str, make: Callable[[Path], None]) -> Path:
+    """Let `make` write a library to the path it is given, then put it whole where `find_built` looks. Raises `UserError`."""
     denied = ""
     for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
+            handle, draft_name = tempfile.mkstemp(suffix=".tmp", dir=folder)
         except OSError as e:
             denied = f"{folder}: {e.strerror}"
             continue
         os.close(handle)
-        draft = Path(name)
+        draft = Path(draft_name)
         try:
-            command = [*compiler.split(), *FLAGS, *(str(HERE / s) for s in SOURCES), "-o", str(draft)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise UserError(f"{compiler} can't build the native helper: {done.stderr.strip() or done.stdout.strip()}")
+            make(draft)
             draft.chmod(0o755)
-            path = folder / file_name()
+            path = folder / name
             os.replace(draft, path)  # whole or not at all, also for a process that builds at the same time
             return path
         finally:
             draft.unlink(missing_ok=True)
     raise UserError(f"nowhere to put the native helper ({denied}); set DEEPSERVE_HOME to a folder that can be written")
+
+
+def build() -> Path:
+    """Compile the library; harmless beside another process that does the same. Raises `UserError`."""
+    compiler = find_compiler()
+
+    def make(draft: Path) -> None:
+        command = [*compiler.split(), *FLAGS, *(str(HERE / s) for s in SOURCES), "-o", str(draft)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{compiler} can't build the native helper: {done.stderr.strip() or done.stdout.strip()}")
+
+    return put_built(file_name(), make)
 
 
 @functools.cache

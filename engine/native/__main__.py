@@ -1,23 +1,36 @@
-"""`python -m engine.native`: build the compiled helper unless it is there, and say so in one line."""
+"""`python -m engine.native`: build what is compiled unless it is there, with a line for each. The helper is needed;
+without the CPU kernels (a C++ compiler is missing, say) the reference operators serve."""
 
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from engine import native
+from engine.native import cpu
 from engine.types import UserError
 
 
-def main() -> int:
-    if path := native.find():
-        print(f"native helper: up to date ({path})")
-        return 0
+def ensure(what: str, find: Callable[[], Path | None], build: Callable[[], Path]) -> bool:
+    """Whether it is there now."""
+    if path := find():
+        print(f"{what}: up to date ({path})", flush=True)
+        return True
     begin = time.monotonic()
     try:
-        path = native.build()
+        path = build()
     except UserError as e:
-        print(f"native helper: {e}", file=sys.stderr)
+        print(f"{what}: {e}", file=sys.stderr)
+        return False
+    print(f"{what}: built in {time.monotonic() - begin:.1f} s ({path})", flush=True)
+    return True
+
+
+def main() -> int:
+    if not ensure("native helper", native.find, native.build):
         return 1
-    print(f"native helper: built in {time.monotonic() - begin:.1f} s ({path})")
+    if not ensure("CPU kernels", cpu.find, cpu.build):
+        print("CPU kernels: going on without them, on the slower reference operators", file=sys.stderr)
     return 0
 
 

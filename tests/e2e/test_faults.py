@@ -20,8 +20,15 @@ STREAMS = 16
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    # Wide enough that a stream lasts some seconds: a kill in the middle must find all of them running.
-    model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4, max_position_embeddings=4096)
+    # Large enough that a stream lasts a while: a kill in the middle must find all of them running.
+    shape = {
+        "num_hidden_layers": 12,
+        "hidden_size": 256,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+    }
+    model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", **shape)
     with Server(
         model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M"
     ) as running:
@@ -63,7 +70,7 @@ def stream_all(server: Server, tokens: int, on_token=lambda i: None) -> list[str
 
 @pytest.fixture(scope="module")
 def undisturbed(server):
-    return stream_all(server, 120)
+    return stream_all(server, 240)
 
 
 def victim(server: Server) -> int:
@@ -101,7 +108,7 @@ def test_killed_te_is_replayed(server, undisturbed, when):
     noticed: list[float] = []
     killer = threading.Thread(target=kill)
     killer.start()
-    texts = stream_all(server, 120, count)
+    texts = stream_all(server, 240, count)
     killer.join()
     assert texts == undisturbed
     assert noticed
@@ -121,12 +128,12 @@ def test_killed_keeper_disturbs_nobody_and_a_new_one_serves_the_next_te(server, 
             killed.set()
             os.kill(old, signal.SIGKILL)
 
-    assert stream_all(server, 120, kill) == undisturbed
+    assert stream_all(server, 240, kill) == undisturbed
     assert {t["pid"] for t in server.tes()} == pids, "no TE may have been restarted"
     wait_until("a new keeper", lambda: server.keeper() not in (0, old))
     os.kill(victim(server), signal.SIGKILL)
     wait_until("the next TE", lambda: len({t["pid"] for t in server.tes()} - pids) == 1 and server.get("/health")[0] == 200)
-    assert stream_all(server, 120) == undisturbed
+    assert stream_all(server, 240) == undisturbed
 
 
 def test_a_stopped_te_makes_health_fail(server):

@@ -1,0 +1,263 @@
+"""The cpu device on compiled kernels: the model's forward is recorded once as a program and each step is one native call.
+
+Recording runs the same `forward` as every device; a buffer is a fixed address here, and what changes from step to step
+(row counts, ids, positions, block tables) goes in a struct beside the program. Weights are bfloat16 in the layout the
+kernels read, activations that a matrix product reads are bfloat16, everything else float32. On one instruction set a
+sequence's logits depend on that sequence alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from engine.devices import Forward, StepInputs, StepOutput, StepView
+from engine.native import cpu
+from engine.types import OutOfMemory
+
+
+class Rows(IntEnum):
+    """What a buffer has a row for; native/cpu/cpu.h: ds_op.sampled."""
+
+    TOKENS = 0
+    SAMPLED = 1
+
+
+@dataclass(slots=True, frozen=True)
+class Matrix:
+    """A packed weight or a float32 vector."""
+
+    address: int
+    shape: tuple[int, ...]
+    owner: Any  # keeps the memory
+
+
+@dataclass(slots=True)
+class Buffer:
+    """A named scratch, in up to two forms: operators that feed a matrix product write `half`, all others `full`."""
+
+    name: str
+    rows: Rows
+    width: int
+    full: int = 0  # address of float32 [rows, width]; 0: not used so far
+    half: int = 0  # address of bfloat16 [rows, width]
+
+
+class NativeKVCache:
+    """K and V of every layer, bfloat16, in one memfd; pages are committed when first touched."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.nbytes = int(np.prod(shape)) * 2
+        try:
+            self.fd = os.memfd_create("kv-cache", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, self.nbytes)
+            self.memory = mmap.mmap(self.fd, self.nbytes)
+        except (OSError, ValueError, OverflowError) as e:
+            raise OutOfMemory(
+                f"--kv-cache-memory-bytes {self.nbytes}: can't be mapped ({e}); use less", "kv_cache_memory_bytes"
+            ) from None
+        base = address_of(self.memory)
+        half = self.nbytes // shape[0] // 2
+        self._layers = [(base + 2 * i * half, base + (2 * i + 1) * half) for i in range(shape[0])]
+
+    def layer(self, index: int) -> tuple[int, int]:
+        return self._layers[index]
+
+
+class NativeCpuDevice:
+    name = "cpu"
+    block_size = 16
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.memory: dict[str, mmap.mmap] = {}
+        self.buffers: dict[tuple[str, Rows], Buffer] = {}
+        self.program: list[cpu.Op] | None = None
+        self.compiled: Any = None  # the program as a C array
+        self.logits: Buffer | None = None
+        self.cos_sin: np.ndarray | None = None
+        self.team: cpu.Team | None = None
+        self._worker: ThreadPoolExecutor | None = None
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Matrix:
+        return Matrix(address_of(data), tuple(shape), data)
+
+    def constant(self, array: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(array)
+
+    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> NativeKVCache:
+        self.kv_block = block_size
+        return NativeKVCache((layers, 2, blocks, block_size, kv_heads, head_dim))
+
+    def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
+        from engine.devices.torch_sampler import Sampler
+
+        self.most = {Rows.TOKENS: tokens, Rows.SAMPLED: tokens}
+        self.sampler = Sampler(vocab, slots)
+
+    def buffer(self, name: str, rows: Rows, width: int) -> Buffer:
+        return self.buffers.setdefault((name, rows), Buffer(name, rows, width))
+
+    def full(self, b: Buffer) -> int:
+        if not b.full:
+            b.full = self.scratch(f"{b.name}.full", self.most[b.rows] * b.width * 4)
+        return b.full
+
+    def half(self, b: Buffer) -> int:
+        if not b.half:
+            b.half = self.scratch(f"{b.name}.half", self.most[b.rows] * b.width * 2)
+        return b.half
+
+    def scratch(self, name: str, nbytes: int) -> int:
+        """Anonymous memory, committed as rows are first written."""
+        self.memory[name] = mmap.mmap(-1, nbytes)
+        return address_of(self.memory[name])
+
+    # ---- execution --------------------------------------------------------------------------------------------------
+    def launch(self, forward: Forward, step: StepInputs) -> Future[StepOutput]:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "cpu-device")
+        return self._worker.submit(self.run, forward, step)
+
+    def record(self, forward: Forward) -> None:
+        """Run `forward` once over names instead of numbers."""
+        self.program = []
+        logits = forward(self, StepView(Rows.TOKENS, Rows.SAMPLED, None, None, None, None, None))
+        assert isinstance(logits, Buffer)
+        self.logits = logits
+        self.compiled = (cpu.Op * len(self.program))(*self.program)
+        self.team = cpu.Team(self.threads)
+
+    def run(self, forward: Forward, step: StepInputs) -> StepOutput:
+        """One step from ids to ids."""
+        import torch
+
+        if self.program is None:
+            self.record(forward)
+        sampler = self.sampler
+        with torch.inference_mode():
+            for setup in step.setups:
+                sampler.set_up(setup)
+            ids = sampler.resolve(torch.from_numpy(step.ids), torch.from_numpy(step.feed)).to(torch.int32).numpy()
+        self.execute(step, np.ascontiguousarray(ids))
+        return self.sample(step)
+
+    def execute(self, step: StepInputs, ids: np.ndarray) -> None:
+        assert self.cos_sin is not None and self.team is not None
+        blocks = np.ascontiguousarray(step.blocks)
+        self.team.run(
+            self.compiled,
+            cpu.Step(
+                tokens=len(ids),
+                sequences=len(step.kv_len),
+                sampled=len(step.rows),
+                block_size=self.kv_block,
+                table_width=blocks.shape[1],
+                ids=pointer(ids),
+                positions=pointer(step.positions),
+                kv_slots=pointer(step.kv_slots),
+                q_start=pointer(step.q_start),
+                kv_len=pointer(step.kv_len),
+                blocks=pointer(blocks),
+                rows=pointer(step.rows),
+                cos_sin=pointer(self.cos_sin),
+            ),
+        )
+
+    def sample(self, step: StepInputs) -> StepOutput:
+        import torch
+
+        from engine.devices.torch_sampler import indices, logprobs, logprobs_where_asked
+
+        assert self.logits is not None
+        count, sampled = len(step.rows), len(step.sampling.slot)
+        out = StepOutput(np.empty(0, np.int32))
+        if not count:
+            return out
+        flat = (ctypes.c_float * (count * self.logits.width)).from_address(self.logits.full)
+        with torch.inference_mode():
+            logits = torch.frombuffer(flat, dtype=torch.float32).view(count, self.logits.width)
+            if sampled:
+                found = self.sampler.sample(logits[:sampled], step.sampling)
+                out.ids = found.int().numpy()
+                out.logprobs = logprobs_where_asked(logits[:sampled], found, step.sampling.logprobs)
+            if len(step.score_ids):
+                out.scores = logprobs(logits[sampled:], indices(step.score_ids), step.score_top)
+        return out
+
+    def close(self) -> None:
+        """Wait for launched steps and end the threads."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+        if self.team is not None:
+            self.team.close()
+            self.team = None
+
+    # ---- operators: each appends itself to the program ------------------------------------------------------------------
+    def add(self, kind: int, rows: Rows, **fields: Any) -> None:
+        assert self.program is not None
+        integers = fields.pop("i", ())
+        self.program.append(cpu.Op(kind=kind, sampled=rows, i=(ctypes.c_int64 * 4)(*integers), **fields))
+
+    def embed(self, out: Buffer, table: Matrix, ids: None) -> None:
+        self.add(cpu.EMBED, out.rows, out=self.full(out), w=table.address, n=out.width)
+
+    def rms_norm(self, out: Buffer, x: Buffer, weight: Matrix, eps: float) -> None:
+        self.norm(out, x, 0, weight, eps)
+
+    def add_rms_norm(self, out: Buffer, residual: Buffer, x: Buffer, weight: Matrix, eps: float) -> None:
+        self.norm(out, residual, self.full(x), weight, eps)
+
+    def norm(self, out: Buffer, x: Buffer, added: int, weight: Matrix, eps: float) -> None:
+        f = (ctypes.c_float * 2)(eps)
+        self.add(cpu.RMS_NORM, out.rows, out=self.half(out), x=self.full(x), y=added, w=weight.address, n=out.width, f=f)
+
+    def linear(self, out: Buffer, x: Buffer, weight: Matrix, bias: Matrix | None = None) -> None:
+        n, k = weight.shape
+        at = bias.address if bias is not None else 0
+        self.add(cpu.LINEAR, out.rows, out=self.full(out), x=self.half(x), w=weight.address, b=at, n=n, k=k)
+
+    def head_norm(self, qkv: Buffer, q_weight: Matrix, k_weight: Matrix, heads: int, kv_heads: int, eps: float) -> None:
+        dim = qkv.width // (heads + 2 * kv_heads)
+        f = (ctypes.c_float * 2)(eps)
+        self.add(cpu.HEAD_NORM, qkv.rows, x=self.full(qkv), w=q_weight.address, y=k_weight.address, i=(heads, kv_heads, dim), f=f)
+
+    def rope_store(
+        self, qkv: Buffer, positions: None, cos_sin: np.ndarray, kv: tuple[int, int], kv_slots: None, heads: int, kv_heads: int
+    ) -> None:
+        assert self.cos_sin is None or self.cos_sin is cos_sin, "one rope table a model"
+        self.cos_sin = cos_sin
+        dim = qkv.width // (heads + 2 * kv_heads)
+        self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), y=kv[0], b=kv[1], i=(heads, kv_heads, dim))
+
+    def attention(
+        self, out: Buffer, qkv: Buffer, kv: tuple[int, int], attention: None, heads: int, kv_heads: int, scale: float, window: int
+    ) -> None:
+        dim = qkv.width // (heads + 2 * kv_heads)
+        f = (ctypes.c_float * 2)(scale)
+        i = (heads, kv_heads, dim, window)
+        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), y=kv[0], b=kv[1], i=i, f=f)
+
+    def swiglu(self, out: Buffer, gate_up: Buffer) -> None:
+        self.add(cpu.SWIGLU, out.rows, out=self.half(out), x=self.full(gate_up), n=out.width)
+
+    def take_rows(self, out: Buffer, x: Buffer, rows: None) -> None:
+        self.add(cpu.TAKE_ROWS, out.rows, out=self.full(out), x=self.full(x), n=out.width)
+
+
+def address_of(memory: Any) -> int:
+    return np.frombuffer(memory, np.uint8).ctypes.data
+
+
+def pointer(array: np.ndarray) -> int:
+    return array.ctypes.data

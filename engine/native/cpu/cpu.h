@@ -1,0 +1,67 @@
+// The compiled CPU backend: a step of the model as a program of operators, run by a team of threads in one call.
+//
+// A program is recorded once: an array of ds_op over buffers at fixed addresses. Only row counts and the step's
+// description (ds_step) change from step to step. Every thread of the team runs every operator; inside one they
+// share the work by taking chunks; between two there is a barrier.
+//
+// Batch invariance: what is computed for one row (a token, a sequence) depends on that row alone, bit for bit. One
+// accumulator for each output walks along K in order, whatever the number of rows; a chunk is a range of outputs,
+// never of K; attention walks the KV blocks of a sequence in order. So who takes which chunk never shows.
+//
+// Kernels are compiled once for each instruction set (portable, avx2, avx512, avx512bf16), from the same sources, in
+// namespaces of their own; `ds_cpu_select` picks a table of them at run time.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint16_t ds_bf16;  // the upper half of a float, rounded to nearest even
+
+enum ds_kind {
+    DS_EMBED,       // out f32 [T, n] = rows `ids` of w (packed bf16 [vocabulary, n])
+    DS_RMS_NORM,    // out bf16 [rows, n] = rms_norm(x f32 [rows, n]) * w f32 [n], eps f[0]; y f32, where given: x += y first
+    DS_LINEAR,      // out f32 [rows, n] = x bf16 [rows, k] @ w (packed) + b f32 [n] (or null)
+    DS_HEAD_NORM,   // x f32 [T, (i[0] + 2 i[1]) * i[2]]: each of i[0] query heads times w, each of i[1] key heads times y
+    DS_ROPE_STORE,  // x f32 [T, (i[0] + 2 i[1]) * i[2]]: q rotated in place, k rotated and v written to caches y and b
+    DS_ATTENTION,   // out bf16 [T, i[0] * i[2]] from x (as above) and the caches y (keys) and b (values); scale f[0], window i[3]
+    DS_SWIGLU,      // out bf16 [rows, n] = silu(x f32 [rows, 2 n], first half) * second half
+    DS_TAKE_ROWS,   // out f32 [sampled, n] = rows `rows` of x f32 [T, n]
+    DS_KINDS,
+};
+
+typedef struct ds_op {
+    int32_t kind;
+    int32_t sampled;  // rows: 0: the step's tokens T; 1: its sampled rows
+    void *out, *x, *y, *w, *b;
+    int64_t n, k;
+    int64_t i[4];  // heads, kv_heads, head_dim, window
+    float f[2];
+} ds_op;
+
+typedef struct ds_step {
+    int32_t tokens, sequences, sampled;
+    int32_t block_size, table_width;
+    const int32_t *ids, *positions, *kv_slots;  // [tokens]
+    const int32_t *q_start;                     // [sequences + 1]
+    const int32_t *kv_len;                      // [sequences], this step's tokens counted in
+    const int32_t *blocks;                      // [sequences, table_width]
+    const int32_t *rows;                        // [sampled]
+    const float *cos_sin;                       // [positions, rotary dim]: cos of each pair, then sin; pairs are (j, j + dim / 2)
+} ds_step;
+
+// The caches are bf16 [blocks, block_size, kv_heads, head_dim].
+
+// A member's view of the team while it runs one operator.
+typedef struct ds_team {
+    int thread, threads;
+    int64_t *next;    // shared: the next chunk to be taken; zero when an operator begins
+    void *scratch;    // this thread's own, ds_scratch_bytes long, 64-byte aligned
+} ds_team;
+
+enum { DS_SCRATCH_BYTES = 4 << 20 };
+
+static inline int64_t ds_take(ds_team *team) { return __atomic_fetch_add(team->next, 1, __ATOMIC_RELAXED); }
+
+typedef void (*ds_kernel)(const ds_op *, const ds_step *, ds_team *);
+
+// Packed bf16 weights of a matrix [n, k]: [ceil(n / 16)][ceil(k / 2)][16][2], rows and columns beyond the matrix zero.
+static inline size_t ds_packed_bytes(int64_t n, int64_t k) { return (size_t)((n + 15) / 16) * ((k + 1) / 2) * 32 * sizeof(ds_bf16); }

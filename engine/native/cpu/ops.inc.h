@@ -1,0 +1,290 @@
+// The operators that are not matrix products, and the vectors they are written with. Included once for each instruction
+// set, inside that set's namespace; the including file has included <math.h>, <string.h>, <stdint.h>, "cpu.h" and, on
+// x86, <immintrin.h> before it opens the namespace.
+//
+// Everything is written once over GCC's vector extensions: a vector F is as wide as the instruction set's registers. A
+// sum's order depends on its length alone (and on the instruction set), never on the batch: fma() is asked for by name,
+// and the compiler is told to contract nothing else (-ffp-contract=off).
+
+#if defined(__AVX512F__)
+#define DS_WIDTH 16
+#elif defined(__AVX2__)
+#define DS_WIDTH 8
+#else
+#define DS_WIDTH 4
+#endif
+
+enum { WIDTH = DS_WIDTH };
+typedef float F __attribute__((vector_size(4 * DS_WIDTH)));
+typedef int32_t I __attribute__((vector_size(4 * DS_WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * DS_WIDTH)));
+typedef uint16_t B __attribute__((vector_size(2 * DS_WIDTH)));  // bf16
+
+#define DS_INLINE static inline __attribute__((always_inline))
+
+// ---- vectors -------------------------------------------------------------------------------------------------------
+
+DS_INLINE F load(const float *p) { F v; __builtin_memcpy(&v, p, sizeof v); return v; }
+DS_INLINE U load_words(const void *p) { U v; __builtin_memcpy(&v, p, sizeof v); return v; }
+DS_INLINE void store(float *p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+DS_INLINE F splat(float x) { return F{} + x; }
+
+// The first n < WIDTH elements; the others are zero.
+DS_INLINE F load_part(const float *p, int64_t n) {
+    float all[WIDTH] = {};
+    __builtin_memcpy(all, p, (size_t)n * sizeof(float));
+    return load(all);
+}
+DS_INLINE void store_part(float *p, F v, int64_t n) { __builtin_memcpy(p, &v, (size_t)n * sizeof(float)); }
+
+DS_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+    return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Where `a` is not a number the result is.
+DS_INLINE F larger(F a, F b) { return a < b ? b : a; }
+DS_INLINE F smaller(F a, F b) { return a > b ? b : a; }
+
+// The halves are folded onto each other until one lane is left.
+DS_INLINE float sum_lanes(F v) {
+    float a[WIDTH];
+    store(a, v);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+DS_INLINE float largest_lane(F v) {
+    float a[WIDTH];
+    store(a, v);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] = a[i] < a[i + half] ? a[i + half] : a[i];
+    return a[0];
+}
+
+// A bf16 in the low half of each word, rounded to nearest even; what is not a number stays so.
+DS_INLINE U round_bf16(F v) {
+    U bits = (U)v;
+    U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? rounded : U{} + 0x7fc0u;
+}
+DS_INLINE F load_bf16(const ds_bf16 *p) {
+    B half;
+    __builtin_memcpy(&half, p, sizeof half);
+    return (F)(__builtin_convertvector(half, U) << 16);
+}
+DS_INLINE void store_bf16(ds_bf16 *p, F v) {
+    B half = __builtin_convertvector(round_bf16(v), B);
+    __builtin_memcpy(p, &half, sizeof half);
+}
+DS_INLINE void store_bf16_part(ds_bf16 *p, F v, int64_t n) {
+    B half = __builtin_convertvector(round_bf16(v), B);
+    __builtin_memcpy(p, &half, (size_t)n * sizeof(ds_bf16));
+}
+DS_INLINE float widen(ds_bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float v;
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+// ---- exponentials --------------------------------------------------------------------------------------------------
+// Within 2 units in the last place; exact at 0. Below 2^-125 the result is 0. Infinities and what is not a number
+// behave as in libm, but that anything above 2^127 is infinite.
+
+// 2^f * 2^n for |f| <= 0.5 and n in [-125, 127], by adding n to the exponent.
+DS_INLINE F scaled_exp2(F f, I n) {
+    // Taylor's terms of 2^f as far as they show in a float: ln(2)^i / i!
+    F p = splat(1.5403530393e-4f);
+    p = fma(p, f, splat(1.3333558146e-3f));
+    p = fma(p, f, splat(9.6181291076e-3f));
+    p = fma(p, f, splat(5.5504108665e-2f));
+    p = fma(p, f, splat(2.4022650696e-1f));
+    p = fma(p, f, splat(6.9314718056e-1f));
+    p = fma(p, f, splat(1.0f));
+    return (F)((I)p + (n << 23));
+}
+
+// Adding this rounds to an integer, found in the low bits of the sum.
+#define DS_ROUND 12582912.0f  // 1.5 * 2^23
+
+DS_INLINE F exp2_of(F x) {
+    F inside = smaller(larger(x, splat(-125.0f)), splat(127.0f));
+    F rounded = inside + DS_ROUND;
+    I n = (I)rounded - (I)splat(DS_ROUND);
+    F y = scaled_exp2(inside - (rounded - DS_ROUND), n);
+    y = x < -125.0f ? F{} : y;
+    y = x > 127.0f ? splat(__builtin_inff()) : y;
+    return x == x ? y : x;
+}
+
+DS_INLINE F exp_of(F x) {
+    // x = n ln 2 + r, with ln 2 in two parts of which the first has trailing zeros, so that n times it is exact.
+    F inside = smaller(larger(x, splat(-86.6f)), splat(88.0f));
+    F rounded = fma(inside, splat(1.44269504f), splat(DS_ROUND));
+    F whole = rounded - DS_ROUND;
+    I n = (I)rounded - (I)splat(DS_ROUND);
+    F r = fma(whole, splat(-0.693359375f), inside);
+    r = fma(whole, splat(2.12194440e-4f), r);
+    // e^r by Taylor's terms: |r| <= 0.35
+    F p = splat(1.9841270e-4f);
+    p = fma(p, r, splat(1.3888889e-3f));
+    p = fma(p, r, splat(8.3333333e-3f));
+    p = fma(p, r, splat(4.1666668e-2f));
+    p = fma(p, r, splat(1.6666667e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    F y = (F)((I)p + (n << 23));
+    y = x < -86.6f ? F{} : y;
+    y = x > 88.0f ? splat(__builtin_inff()) : y;
+    return x == x ? y : x;
+}
+
+// ---- sharing rows --------------------------------------------------------------------------------------------------
+
+DS_INLINE int64_t rows_of(const ds_op *op, const ds_step *step) { return op->sampled ? step->sampled : step->tokens; }
+
+// Rows that a member takes at once: enough to pay for the taking, few enough to spread.
+DS_INLINE int64_t rows_at_once(int64_t rows, const ds_team *team) {
+    int64_t share = rows / (4 * team->threads);
+    return share < 1 ? 1 : share > 16 ? 16 : share;
+}
+
+#define DS_EACH_ROW(row, rows)                                                                              \
+    for (int64_t grain_ = rows_at_once(rows, team), from_ = ds_take(team) * grain_; from_ < (rows);         \
+         from_ = ds_take(team) * grain_)                                                                    \
+        for (int64_t row = from_; row < from_ + grain_ && row < (rows); row++)
+
+// ---- embedding and rows --------------------------------------------------------------------------------------------
+
+static void embed(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t n = op->n, pairs = (n + 1) / 2;
+    DS_EACH_ROW(t, (int64_t)step->tokens) {
+        int64_t id = step->ids[t];
+        // Sixteen rows are packed together, pair of columns after pair of columns.
+        const ds_bf16 *w = (const ds_bf16 *)op->w + (id / 16 * pairs * 16 + id % 16) * 2;
+        float *out = (float *)op->out + t * n;
+        for (int64_t p = 0; p < n / 2; p++) {
+            out[2 * p] = widen(w[32 * p]);
+            out[2 * p + 1] = widen(w[32 * p + 1]);
+        }
+        if (n % 2) out[n - 1] = widen(w[32 * (pairs - 1)]);
+    }
+}
+
+static void take_rows(const ds_op *op, const ds_step *step, ds_team *team) {
+    DS_EACH_ROW(i, (int64_t)step->sampled)
+        __builtin_memcpy((float *)op->out + i * op->n, (const float *)op->x + step->rows[i] * op->n, (size_t)op->n * sizeof(float));
+}
+
+// ---- norms ---------------------------------------------------------------------------------------------------------
+
+// 1 / sqrt(mean(x^2) + eps), four sums side by side; y, where given, is added to x first.
+DS_INLINE float norm_factor(float *x, const float *y, int64_t n, float eps) {
+    F sum[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * WIDTH <= n; j += 4 * WIDTH)
+        for (int i = 0; i < 4; i++) {
+            float *at = x + j + i * WIDTH;
+            F v = load(at);
+            if (y) store(at, v = v + load(y + j + i * WIDTH));
+            sum[i] = fma(v, v, sum[i]);
+        }
+    for (int i = 0; j < n; j += WIDTH, i++) {
+        int64_t many = n - j < WIDTH ? n - j : (int64_t)WIDTH;
+        F v = load_part(x + j, many);
+        if (y) store_part(x + j, v = v + load_part(y + j, many), many);
+        sum[i] = fma(v, v, sum[i]);
+    }
+    return 1.0f / __builtin_sqrtf(sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / (float)n + eps);
+}
+
+static void rms_norm(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t n = op->n;
+    const float *w = (const float *)op->w;
+    DS_EACH_ROW(t, rows_of(op, step)) {
+        float *x = (float *)op->x + t * n;
+        ds_bf16 *out = (ds_bf16 *)op->out + t * n;
+        F factor = splat(norm_factor(x, op->y ? (const float *)op->y + t * n : nullptr, n, op->f[0]));
+        int64_t j = 0;
+        for (; j + WIDTH <= n; j += WIDTH) store_bf16(out + j, load(x + j) * factor * load(w + j));
+        if (j < n) store_bf16_part(out + j, load_part(x + j, n - j) * factor * load_part(w + j, n - j), n - j);
+    }
+}
+
+static void head_norm(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2];
+    DS_EACH_ROW(t, (int64_t)step->tokens) {
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            float *x = (float *)op->x + (t * (heads + 2 * kv_heads) + h) * dim;
+            const float *w = (const float *)(h < heads ? op->w : op->y);
+            F factor = splat(norm_factor(x, nullptr, dim, op->f[0]));
+            int64_t j = 0;
+            for (; j + WIDTH <= dim; j += WIDTH) store(x + j, load(x + j) * factor * load(w + j));
+            if (j < dim) store_part(x + j, load_part(x + j, dim - j) * factor * load_part(w + j, dim - j), dim - j);
+        }
+    }
+}
+
+// ---- activation ----------------------------------------------------------------------------------------------------
+
+DS_INLINE F silu(F x) { return x / (exp_of(-x) + 1.0f); }
+
+enum { SWIGLU_COLUMNS = 512 };  // a chunk's width: one row of a decode step is still shared
+
+static void swiglu(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t n = op->n, rows = rows_of(op, step), parts = (n + SWIGLU_COLUMNS - 1) / SWIGLU_COLUMNS;
+    DS_EACH_ROW(unit, rows * parts) {
+        int64_t t = unit / parts, j = unit % parts * SWIGLU_COLUMNS;
+        int64_t end = j + SWIGLU_COLUMNS < n ? j + SWIGLU_COLUMNS : n;
+        const float *gate = (const float *)op->x + t * 2 * n, *up = gate + n;
+        ds_bf16 *out = (ds_bf16 *)op->out + t * n;
+        for (; j + WIDTH <= end; j += WIDTH) store_bf16(out + j, silu(load(gate + j)) * load(up + j));
+        if (j < end) store_bf16_part(out + j, silu(load_part(gate + j, end - j)) * load_part(up + j, end - j), end - j);
+    }
+}
+
+// ---- rotary positions and the cache --------------------------------------------------------------------------------
+
+DS_INLINE void store_row_bf16(ds_bf16 *out, const float *x, int64_t n) {
+    int64_t j = 0;
+    for (; j + WIDTH <= n; j += WIDTH) store_bf16(out + j, load(x + j));
+    if (j < n) store_bf16_part(out + j, load_part(x + j, n - j), n - j);
+}
+
+DS_INLINE void rotate(float *x, const float *cos, int64_t half) {
+    const float *sin = cos + half;
+    int64_t j = 0;
+    for (; j + WIDTH <= half; j += WIDTH) {
+        F a = load(x + j), b = load(x + half + j), c = load(cos + j), s = load(sin + j);
+        store(x + j, fma(-b, s, a * c));
+        store(x + half + j, fma(a, s, b * c));
+    }
+    if (j < half) {
+        int64_t many = half - j;
+        F a = load_part(x + j, many), b = load_part(x + half + j, many), c = load_part(cos + j, many), s = load_part(sin + j, many);
+        store_part(x + j, fma(-b, s, a * c), many);
+        store_part(x + half + j, fma(a, s, b * c), many);
+    }
+}
+
+static void rope_store(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2], width = kv_heads * dim;
+    DS_EACH_ROW(t, (int64_t)step->tokens) {
+        float *x = (float *)op->x + t * (heads + 2 * kv_heads) * dim;
+        const float *turn = step->cos_sin + (int64_t)step->positions[t] * dim;
+        for (int64_t h = 0; h < heads + kv_heads; h++) rotate(x + h * dim, turn, dim / 2);
+        const float *k = x + heads * dim;
+        int64_t at = (int64_t)step->kv_slots[t] * width;
+        store_row_bf16((ds_bf16 *)op->y + at, k, width);
+        store_row_bf16((ds_bf16 *)op->b + at, k + width, width);
+    }
+}
+
+#include "attention.inc.h"

@@ -1,0 +1,301 @@
+// The team of threads that runs a program of operators (cpu.h), and the choice of instruction set.
+//
+// The caller of ds_run is member 0; the others are threads that wait for its next program. An operator is done when all of
+// its chunks have been taken and whoever took one has left it: a member that comes late, because the system let its core do
+// something else, finds nothing to take and holds nobody up. Who waits (for a program, or for the others to finish their
+// chunks) spins for SPIN_NS and then sleeps on a futex, so that an idle team takes no processor time and two teams on the
+// same cores don't keep each other from running.
+//
+// A team belongs to the process that made it: make it after the last fork. One ds_run at a time.
+#include "cpu.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+// ---- waiting ---------------------------------------------------------------------------------------------------------
+
+enum { SPIN_NS = 40000 };  // about what a futex takes to put a thread to sleep and wake it up, some times over
+
+static inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");  // `yield` does nothing on most cores; this takes about as long as x86's pause
+#endif
+}
+
+static int64_t now_ns() {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+// A number that grows, and those who sleep until it has.
+struct alignas(64) Bell {
+    uint32_t value;
+    uint32_t sleepers;
+};
+
+static void wait_for_change(Bell *bell, uint32_t seen) {
+    int64_t stop = 0;
+    for (;;) {
+        for (int i = 0; i < 32; i++) {
+            if (__atomic_load_n(&bell->value, __ATOMIC_ACQUIRE) != seen) return;
+            relax();
+        }
+        int64_t now = now_ns();
+        if (!stop) stop = now + SPIN_NS;
+        if (now >= stop) break;
+    }
+    // Whoever rings either sees the sleeper, or has changed the value before the futex looks at it.
+    __atomic_fetch_add(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&bell->value, __ATOMIC_SEQ_CST) == seen)
+        syscall(SYS_futex, &bell->value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    __atomic_fetch_sub(&bell->sleepers, 1, __ATOMIC_RELAXED);
+}
+
+static void wake_sleepers(Bell *bell) {
+    if (__atomic_load_n(&bell->sleepers, __ATOMIC_SEQ_CST))
+        syscall(SYS_futex, &bell->value, FUTEX_WAKE_PRIVATE, 0x7fffffff, nullptr, nullptr, 0);
+}
+
+static void ring(Bell *bell) {
+    __atomic_fetch_add(&bell->value, 1, __ATOMIC_SEQ_CST);
+    wake_sleepers(bell);
+}
+
+// Numbers of bells wrap around.
+static inline bool before(uint32_t a, uint32_t b) { return (int32_t)(a - b) < 0; }
+
+static void ring_up_to(Bell *bell, uint32_t value) {
+    uint32_t now = __atomic_load_n(&bell->value, __ATOMIC_RELAXED);
+    while (before(now, value))
+        if (__atomic_compare_exchange_n(&bell->value, &now, value, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+            wake_sleepers(bell);
+            return;
+        }
+}
+
+// ---- the team --------------------------------------------------------------------------------------------------------
+
+struct Program {
+    const ds_op *ops;
+    int64_t count;
+    const ds_step *step;
+    const ds_kernel *kernels;
+    uint32_t base;  // of Crew.done when it begins
+};
+
+struct alignas(64) Place {  // an operator's
+    int64_t next;    // the next chunk to be taken
+    int32_t inside;  // members that run it now
+};
+
+struct Crew;
+
+struct Member {
+    Crew *crew;
+    int index;
+    pthread_t thread;
+    void *scratch;
+};
+
+// Set in Crew.gate while no program may be joined; the rest of it counts the members that have joined.
+static const uint32_t CLOSED = 1u << 31;
+
+struct Crew {
+    Bell start;  // rung when a program has been set, and when the team ends
+    Bell done;   // grows by one for each operator
+    Bell left;   // rung when nobody is in the program
+    alignas(64) uint32_t gate;
+    alignas(64) Program program;
+    Place *places;
+    int64_t room;  // in places
+    int threads;
+    int ending;
+    pid_t process;
+    int *cores;  // or null: members run where the system puts them
+    Member *members;
+};
+
+static void pin(int core) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    sched_setaffinity(0, sizeof set, &set);  // a core that is not allowed: the thread stays where it may be
+}
+
+static void run_program(Crew *crew, int index) {
+    const Program *program = &crew->program;
+    for (int64_t i = 0;;) {
+        uint32_t done = __atomic_load_n(&crew->done.value, __ATOMIC_ACQUIRE);
+        if ((int64_t)(uint32_t)(done - program->base) > i) i = (uint32_t)(done - program->base);
+        if (i >= program->count) return;
+        Place *place = &crew->places[i];
+        ds_team view = {index, crew->threads, &place->next, crew->members[index].scratch};
+        __atomic_add_fetch(&place->inside, 1, __ATOMIC_ACQ_REL);
+        program->kernels[program->ops[i].kind](&program->ops[i], program->step, &view);
+        // A kernel returns when there is nothing more to take. So the last one out knows that all is done; who enters later
+        // takes nothing.
+        uint32_t after = program->base + (uint32_t)++i;
+        if (__atomic_sub_fetch(&place->inside, 1, __ATOMIC_ACQ_REL) == 0) ring_up_to(&crew->done, after);
+        while (before(done = __atomic_load_n(&crew->done.value, __ATOMIC_ACQUIRE), after)) wait_for_change(&crew->done, done);
+    }
+}
+
+static void leave(Crew *crew) {
+    if (__atomic_sub_fetch(&crew->gate, 1, __ATOMIC_ACQ_REL) == CLOSED) ring(&crew->left);
+}
+
+static void *live(void *argument) {
+    Member *member = (Member *)argument;
+    Crew *crew = member->crew;
+    char name[16];
+    snprintf(name, sizeof name, "ds-cpu-%d", member->index);
+    pthread_setname_np(pthread_self(), name);
+    if (crew->cores) pin(crew->cores[member->index]);
+    for (;;) {
+        uint32_t seen = __atomic_load_n(&crew->start.value, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&crew->ending, __ATOMIC_ACQUIRE)) return nullptr;
+        if (!(__atomic_fetch_add(&crew->gate, 1, __ATOMIC_ACQ_REL) & CLOSED)) run_program(crew, member->index);
+        leave(crew);
+        wait_for_change(&crew->start, seen);
+    }
+}
+
+static void *map_scratch() {
+    void *at = mmap(nullptr, DS_SCRATCH_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return at == MAP_FAILED ? nullptr : at;
+}
+
+extern "C" void ds_team_free(void *team) {
+    Crew *crew = (Crew *)team;
+    if (!crew) return;
+    if (crew->process == getpid()) {  // in a forked child there are no members to join, and their locks may be held
+        __atomic_store_n(&crew->ending, 1, __ATOMIC_RELEASE);
+        ring(&crew->start);
+        for (int i = 1; i < crew->threads; i++) pthread_join(crew->members[i].thread, nullptr);
+    }
+    for (int i = 0; i < crew->threads; i++)
+        if (crew->members[i].scratch) munmap(crew->members[i].scratch, DS_SCRATCH_BYTES);
+    free(crew->places);
+    free(crew->members);
+    free(crew->cores);
+    free(crew);
+}
+
+// A team of `threads` members (the caller of ds_run is one); `cores`: where each of them is pinned, or null. The caller of
+// ds_run pins itself. Null where the system gives no memory or no threads.
+extern "C" void *ds_team_new(int threads, const int *cores) {
+    Crew *crew = (Crew *)aligned_alloc(64, sizeof(Crew));
+    if (!crew) return nullptr;
+    memset(crew, 0, sizeof *crew);
+    crew->gate = CLOSED;
+    crew->process = getpid();
+    crew->members = (Member *)calloc(threads, sizeof(Member));
+    if (cores && (crew->cores = (int *)malloc(threads * sizeof(int)))) memcpy(crew->cores, cores, threads * sizeof(int));
+    bool whole = crew->members && (!cores || crew->cores);
+    // Signals are the interpreter's: a member never runs a handler.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (int i = 0; i < threads && whole; i++) {
+        Member *member = &crew->members[i];
+        *member = {crew, i, 0, map_scratch()};
+        whole = member->scratch && (i == 0 || pthread_create(&member->thread, nullptr, live, member) == 0);
+        // Counts who must be joined. Members read it only after the first program's bell.
+        if (whole) crew->threads = i + 1;
+        else if (member->scratch) munmap(member->scratch, DS_SCRATCH_BYTES);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (whole) return crew;
+    ds_team_free(crew);
+    return nullptr;
+}
+
+// Runs `count` operators in order, each by the whole team; returns when the last is done. 0, or -EINVAL where an operator
+// has no kernel in `kernels`, -ECHILD in a child of the process that made the team, -ENOMEM; then nothing has run.
+extern "C" int ds_run(void *team, const ds_op *ops, int64_t count, const ds_step *step, const ds_kernel *kernels) {
+    Crew *crew = (Crew *)team;
+    if (crew->process != getpid()) return -ECHILD;
+    for (int64_t i = 0; i < count; i++)
+        if (ops[i].kind < 0 || ops[i].kind >= DS_KINDS || !kernels[ops[i].kind]) return -EINVAL;
+    if (count > crew->room) {
+        Place *places = (Place *)aligned_alloc(64, count * sizeof(Place));
+        if (!places) return -ENOMEM;
+        free(crew->places);
+        crew->places = places;
+        crew->room = count;
+    }
+    memset((void *)crew->places, 0, count * sizeof(Place));
+    crew->program = {ops, count, step, kernels, crew->done.value};
+    // Whoever joins sees all of the above. One that is about to leave a gate it found closed is still counted in it.
+    __atomic_fetch_and(&crew->gate, ~CLOSED, __ATOMIC_ACQ_REL);
+    if (crew->threads > 1) ring(&crew->start);
+    run_program(crew, 0);
+    __atomic_fetch_or(&crew->gate, CLOSED, __ATOMIC_ACQ_REL);
+    for (;;) {
+        uint32_t seen = __atomic_load_n(&crew->left.value, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&crew->gate, __ATOMIC_ACQUIRE) == CLOSED) return 0;
+        wait_for_change(&crew->left, seen);
+    }
+}
+
+// ---- instruction sets ------------------------------------------------------------------------------------------------
+
+extern "C" {
+extern const ds_kernel ds_kernels_portable[DS_KINDS];
+#if defined(__x86_64__)
+extern const ds_kernel ds_kernels_avx2[DS_KINDS];
+extern const ds_kernel ds_kernels_avx512[DS_KINDS];
+extern const ds_kernel ds_kernels_avx512bf16[DS_KINDS];
+extern const ds_kernel ds_kernels_amx[DS_KINDS];
+#endif
+}
+
+#if defined(__x86_64__)
+static bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+
+static bool has_avx512bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
+// The system gives a process the tiles' state only when asked (Linux 5.16); children and later threads have it then too.
+static bool has_amx() {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    bool tiles = d >> 24 & 1, bf16 = d >> 22 & 1;
+    return tiles && bf16 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+// The kernels of the instruction set called `isa`; null where this machine or this build has none.
+extern "C" const ds_kernel *ds_cpu_select(const char *isa) {
+    if (!strcmp(isa, "portable")) return ds_kernels_portable;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(isa, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? ds_kernels_avx2 : nullptr;
+    if (!strcmp(isa, "avx512")) return has_avx512() ? ds_kernels_avx512 : nullptr;
+    if (!strcmp(isa, "avx512bf16")) return has_avx512bf16() ? ds_kernels_avx512bf16 : nullptr;
+    if (!strcmp(isa, "amx")) return has_amx() ? ds_kernels_amx : nullptr;
+#endif
+    return nullptr;
+}

@@ -1,0 +1,87 @@
+"""The cpu device on compiled kernels: close to the reference operators, and bit-equal to itself however the work is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.harness import Rig
+
+VARIANTS = {
+    "llama": {},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "tie_word_embeddings": True},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 32},
+    "mistral_window": {"architecture": "MistralForCausalLM", "sliding_window": 24},
+    "odd_sizes": {
+        "hidden_size": 72,
+        "head_dim": 24,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "intermediate_size": 100,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: tiny.make(tmp_path_factory.mktemp(name), **fields) for name, fields in VARIANTS.items()}
+
+
+def ids_of(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 250, count).tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_close_to_the_float32_reference(folders, name):
+    """No further from float32 than torch's own operators in bfloat16 are, which round more often."""
+    ids = ids_of(60, 1)
+    rigs = Rig(folders[name], native=1), Rig(folders[name], dtype="bfloat16"), Rig(folders[name], dtype="float32")
+    native, torch_bf16, want = (rig.logits([(ids, 0, 60)], [rig.table(60)]) for rig in rigs)
+
+    def off(logits: np.ndarray) -> float:
+        return float(np.sqrt(((logits - want) ** 2).mean()))
+
+    assert 0 < off(native) < 1.05 * off(torch_bf16)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_sequence_does_not_see_its_batch(folders, name):
+    """Bit-equal logits: alone and whole; chunked at random points beside others that come and go; on one thread and on two."""
+    rng = np.random.default_rng(7)
+    texts = [ids_of(int(n), i) for i, n in enumerate(rng.integers(20, 70, 9))]
+    alone = []
+    for text in texts:
+        rig = Rig(folders[name], native=1)
+        alone.append(rig.logits([(text, 0, len(text))], [rig.table(len(text))]))
+    rig = Rig(folders[name], native=2, blocks=256, seed=3)
+    tables = [rig.table(len(t)) for t in texts]
+    done = [0] * len(texts)
+    while any(d < len(t) for d, t in zip(done, texts, strict=True)):
+        parts, owners = [], []
+        for i in rng.permutation(len(texts)):
+            left = len(texts[i]) - done[i]
+            count = int(min(left, rng.choice([0, 1, 1, 2, 5, 17, 33])))
+            if count:
+                parts.append((texts[i], done[i], count))
+                owners.append(int(i))
+        if not parts:
+            continue
+        logits = rig.logits(parts, [tables[i] for i in owners])
+        at = 0
+        for i, (_, start, count) in zip(owners, parts, strict=True):
+            assert np.array_equal(logits[at : at + count], alone[i][start : start + count]), (i, start, count)
+            at += count
+            done[i] += count
+
+
+def test_greedy_text_on_both_devices(folders):
+    """Where the reference's best two logits are not close, the choices agree: random tiny models leave few close calls."""
+    prompt = ids_of(12, 5)
+    native, reference = Rig(folders["llama"], native=2), Rig(folders["llama"], dtype="float32")
+    text = native.greedy(prompt, 40)
+    table = reference.table(60)
+    logits = reference.logits([(prompt + text, 0, len(prompt) + 40)], [table])[len(prompt) - 1 : -1]
+    order = np.sort(logits, axis=1)
+    clear = order[:, -1] - order[:, -2] > 0.05 * np.abs(logits).max()
+    assert clear.sum() > 10 and (logits.argmax(1) == np.array(text))[clear].all()
