@@ -165,11 +165,14 @@ def config_of(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
 
 async def serve(config: Config) -> int:
     """Listen at once, load meanwhile, run until a signal; the second one doesn't wait."""
+    from engine.native import cpu
     from scale import pull
     from sched.gateway import app as gateway
 
     if config.model in pull.KNOWN and not pull.place(config.model).exists():
         await asyncio.to_thread(pull.pull, config.model, say)
+    if cpu.find() is None:
+        say("building the CPU kernels, some ten seconds")
     engine = AsyncLLM(config=config)
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -114,14 +114,15 @@ class Keeper:
         self.selector.register(control, selectors.EVENT_READ, self.leave)
         self.decoder = msgspec.msgpack.Decoder(ToKeeper)
         self.encoder = msgspec.msgpack.Encoder()
+        self.orders: list[Pack] = []
         self.children: set[int] = set()  # not yet reaped
         self.leaving = False
 
     def run(self) -> None:
-        """Packing is ordered first, so that it runs on one core while this process imports the engine on another."""
+        """The first order is to pack, so that this runs on one core while this process imports the engine on another."""
+        self.turn(None)
         started = time.monotonic()
-        self.turn(0.0)
-        warm_up()
+        warm_up({order.format for order in self.orders})
         self.tell(Warm(os.getpid(), time.monotonic() - started))
         while not self.leaving:
             self.turn(None)
@@ -165,6 +166,7 @@ class Keeper:
     # ---- packing ----------------------------------------------------------------------------------------------------
     def pack(self, order: Pack) -> None:
         """Fork a child that packs into a memfd of ours and sends the manifest through a pipe."""
+        self.orders.append(order)
         slab = os.memfd_create(f"deepserve-weights-{os.path.basename(order.path)}", os.MFD_CLOEXEC)
         model = self.models[order.key] = Model(slabs=[slab], waiting=[])
         reading, writing = os.pipe()
@@ -283,12 +285,16 @@ def pack_into(order: Pack, slab: int, writing: int) -> int:
     return status
 
 
-def warm_up() -> None:
-    """Import what every TE will need. Nothing here may start a thread or touch a device."""
-    import engine.devices.cpu
-    import engine.devices.cpu_native
+def warm_up(formats: set[WeightFormat]) -> None:
+    """Import what every TE will need: torch only where weights are packed for its operators, since that takes longer than all the
+    rest together. Nothing here may start a thread or touch a device."""
     import engine.models.llama
-    import engine.worker  # noqa: F401
+    import engine.worker
+
+    if "panels" in formats:
+        import engine.devices.cpu_native
+    if "rows" in formats:
+        import engine.devices.cpu  # noqa: F401
 
 
 def close_all(fds: list[int]) -> None:

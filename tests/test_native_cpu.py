@@ -239,14 +239,14 @@ def test_infinite_weights_stay_in_their_row(team: cpu.Team) -> None:
 
 
 def test_wide_rows_that_fill_the_scratch(team: cpu.Team) -> None:
-    """K so long that fewer rows fit a panel than it would have."""
+    """K so long that fewer rows fit a panel than it would have; this is the longest there may be."""
     rng = np.random.default_rng(7)
-    k, rows = 20000, 70
+    k, rows = 65536, 70
     w, x = bf16(rng.standard_normal((16, k))), bf16(rng.standard_normal((rows, k)))
     packed = pack(w)
     together = linear(team, x, packed, 16)
     assert np.array_equal(together[[0, 40, 69]], np.concatenate([linear(team, x[i : i + 1], packed, 16) for i in (0, 40, 69)]))
-    assert np.allclose(together, widen(x) @ widen(w).T, rtol=0, atol=0.05)
+    assert np.allclose(together, widen(x) @ widen(w).T, rtol=0, atol=0.2)
 
 
 def test_sampled_rows_and_no_rows(team: cpu.Team) -> None:
@@ -386,6 +386,8 @@ def test_an_unknown_operator_runs_nothing() -> None:
     team = cpu.Team(2)
     with pytest.raises(ValueError, match="unknown kind"):
         team.run((cpu.Op * 1)(cpu.Op(kind=len(cpu.KINDS))), cpu.Step(tokens=1))
+    with pytest.raises(ValueError, match="65536 columns"):
+        team.run((cpu.Op * 1)(cpu.Op(kind=cpu.LINEAR, n=1, k=65537)), cpu.Step(tokens=1))
     team.close()
 
 

@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from engine.devices import Forward, StepInputs, StepOutput, StepView
+from engine.devices.native_sampler import NativeSampler
 from engine.native import cpu
-from engine.types import OutOfMemory
+from engine.types import OutOfMemory, UserError
+
+LARGEST_VOCABULARY = (4 << 20) // 12  # native/cpu/sample.inc.h: three rows of logits fit a thread's scratch
 
 
 class Rows(IntEnum):
@@ -82,7 +85,7 @@ class NativeCpuDevice:
         self.buffers: dict[tuple[str, Rows], Buffer] = {}
         self.program: list[cpu.Op] | None = None
         self.compiled: Any = None  # the program as a C array
-        self.logits: Buffer | None = None
+        self.logits = 0  # address
         self.cos_sin: np.ndarray | None = None
         self.team: cpu.Team | None = None
         self._worker: ThreadPoolExecutor | None = None
@@ -99,10 +102,13 @@ class NativeCpuDevice:
         return NativeKVCache((layers, 2, blocks, block_size, kv_heads, head_dim))
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
-        from engine.devices.torch_sampler import Sampler
-
+        if vocab > LARGEST_VOCABULARY:
+            raise UserError(
+                f"--model: a vocabulary of {vocab} is more than the compiled sampler's {LARGEST_VOCABULARY}; use --dtype float32",
+                "dtype",
+            )
         self.most = {Rows.TOKENS: tokens, Rows.SAMPLED: tokens}
-        self.sampler = Sampler(vocab, slots)
+        self.sampler = NativeSampler(vocab, slots)
 
     def buffer(self, name: str, rows: Rows, width: int) -> Buffer:
         return self.buffers.setdefault((name, rows), Buffer(name, rows, width))
@@ -133,23 +139,24 @@ class NativeCpuDevice:
         self.program = []
         logits = forward(self, StepView(Rows.TOKENS, Rows.SAMPLED, None, None, None, None, None))
         assert isinstance(logits, Buffer)
-        self.logits = logits
+        self.logits = self.full(logits)
+        for kind, struct in ((cpu.SAMPLE, self.sampler.sampled), (cpu.SCORE, self.sampler.scored)):
+            self.add(kind, Rows.SAMPLED, x=self.logits, w=ctypes.addressof(struct), n=logits.width)
         self.compiled = (cpu.Op * len(self.program))(*self.program)
         self.team = cpu.Team(self.threads)
 
     def run(self, forward: Forward, step: StepInputs) -> StepOutput:
         """One step from ids to ids."""
-        import torch
-
         if self.program is None:
             self.record(forward)
         sampler = self.sampler
-        with torch.inference_mode():
-            for setup in step.setups:
-                sampler.set_up(setup)
-            ids = sampler.resolve(torch.from_numpy(step.ids), torch.from_numpy(step.feed)).to(torch.int32).numpy()
-        self.execute(step, np.ascontiguousarray(ids))
-        return self.sample(step)
+        for setup in step.setups:
+            sampler.set_up(setup)
+        ids = sampler.resolve(step.ids, step.feed)
+        sampled, scored = sampler.ask(step.sampling), sampler.ask_scores(step.score_ids, step.score_top)
+        self.compiled[-1].x = self.logits + len(step.sampling.slot) * sampler.vocab * 4  # scored rows come after sampled ones
+        self.execute(step, ids)
+        return StepOutput(sampled.ids, sampled.logprobs, scored.logprobs)
 
     def execute(self, step: StepInputs, ids: np.ndarray) -> None:
         assert self.cos_sin is not None and self.team is not None
@@ -172,27 +179,6 @@ class NativeCpuDevice:
                 cos_sin=pointer(self.cos_sin),
             ),
         )
-
-    def sample(self, step: StepInputs) -> StepOutput:
-        import torch
-
-        from engine.devices.torch_sampler import indices, logprobs, logprobs_where_asked
-
-        assert self.logits is not None
-        count, sampled = len(step.rows), len(step.sampling.slot)
-        out = StepOutput(np.empty(0, np.int32))
-        if not count:
-            return out
-        flat = (ctypes.c_float * (count * self.logits.width)).from_address(self.logits.full)
-        with torch.inference_mode():
-            logits = torch.frombuffer(flat, dtype=torch.float32).view(count, self.logits.width)
-            if sampled:
-                found = self.sampler.sample(logits[:sampled], step.sampling)
-                out.ids = found.int().numpy()
-                out.logprobs = logprobs_where_asked(logits[:sampled], found, step.sampling.logprobs)
-            if len(step.score_ids):
-                out.scores = logprobs(logits[sampled:], indices(step.score_ids), step.score_top)
-        return out
 
     def close(self) -> None:
         """Wait for launched steps and end the threads."""

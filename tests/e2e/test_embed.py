@@ -62,7 +62,7 @@ def test_async_llm_lives_in_a_host_loop_and_leaves_it_clean(model, children):
         fds = len(os.listdir("/proc/self/fd"))
         async with AsyncLLM(model, **SMALL) as engine:
             texts = []
-            async for out in engine.generate("abc", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)):
+            async for out in engine.generate("abc", SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)):
                 texts.append(out.outputs[0].text)
             assert out.finished and len(texts) > 1 and texts == sorted(texts, key=len)
             leaving_early = engine.generate("abc", SamplingParams(max_tokens=200, ignore_eos=True))

@@ -30,7 +30,7 @@ def server(tmp_path_factory):
     }
     model = tiny.make(tmp_path_factory.mktemp("models") / "tiny", **shape)
     with Server(
-        model, "--te", "2", "--max-model-len", "1024", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M"
+        model, "--te", "2", "--max-model-len", "2048", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "256M"
     ) as running:
         yield running.ready()
 
@@ -46,7 +46,7 @@ def stream_all(server: Server, tokens: int, on_token=lambda i: None) -> list[str
                 # Kept apart from the prefix cache of earlier rounds by nothing: a hit must not change the text either.
                 stream = client.completions.create(
                     model="tiny",
-                    prompt=f"stream {i} " * 20,
+                    prompt=f"stream {i} " * 60,
                     max_tokens=tokens,
                     temperature=float(i % 2),
                     seed=i,
@@ -70,7 +70,7 @@ def stream_all(server: Server, tokens: int, on_token=lambda i: None) -> list[str
 
 @pytest.fixture(scope="module")
 def undisturbed(server):
-    return stream_all(server, 240)
+    return stream_all(server, 300)
 
 
 def victim(server: Server) -> int:
@@ -108,7 +108,7 @@ def test_killed_te_is_replayed(server, undisturbed, when):
     noticed: list[float] = []
     killer = threading.Thread(target=kill)
     killer.start()
-    texts = stream_all(server, 240, count)
+    texts = stream_all(server, 300, count)
     killer.join()
     assert texts == undisturbed
     assert noticed
@@ -128,12 +128,12 @@ def test_killed_keeper_disturbs_nobody_and_a_new_one_serves_the_next_te(server, 
             killed.set()
             os.kill(old, signal.SIGKILL)
 
-    assert stream_all(server, 240, kill) == undisturbed
+    assert stream_all(server, 300, kill) == undisturbed
     assert {t["pid"] for t in server.tes()} == pids, "no TE may have been restarted"
     wait_until("a new keeper", lambda: server.keeper() not in (0, old))
     os.kill(victim(server), signal.SIGKILL)
     wait_until("the next TE", lambda: len({t["pid"] for t in server.tes()} - pids) == 1 and server.get("/health")[0] == 200)
-    assert stream_all(server, 240) == undisturbed
+    assert stream_all(server, 300) == undisturbed
 
 
 def test_a_stopped_te_makes_health_fail(server):

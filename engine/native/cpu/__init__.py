@@ -41,8 +41,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 VARIABLE = "DEEPSERVE_CPU_ISA"
 
 # enum ds_kind
-KINDS = ("embed", "rms_norm", "linear", "head_norm", "rope_store", "attention", "swiglu", "take_rows")
-EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE_STORE, ATTENTION, SWIGLU, TAKE_ROWS = range(len(KINDS))
+KINDS = ("embed", "rms_norm", "linear", "head_norm", "rope_store", "attention", "swiglu", "take_rows", "sample", "score")
+EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE_STORE, ATTENTION, SWIGLU, TAKE_ROWS, SAMPLE, SCORE = range(len(KINDS))
 
 
 class Op(Structure):
@@ -225,6 +225,8 @@ class Team:
             raise RuntimeError("a team doesn't survive fork: make one in the child")
         if code == -errno.ENOMEM:
             raise MemoryError("no memory for a program's counters")
+        if code == -errno.E2BIG:
+            raise ValueError("a matrix has more than 65536 columns: a thread's scratch holds no panel of its activations")
         if code:
             raise ValueError("a program has an operator of unknown kind")
 

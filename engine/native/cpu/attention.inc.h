@@ -104,7 +104,8 @@ DS_INLINE void widen_values(float *values, const ds_bf16 *const *rows, int64_t d
 // ---- products -------------------------------------------------------------------------------------------------------
 
 // scores[r][KEYS] = q[r] . keys, for R rows.
-template <int R> static void score_rows(float *scores, const float *q, const float *keys, int64_t dim, int groups, Ahead *behind) {
+template <int R>
+static void score_rows(float *scores, const float *q, const float *keys, int64_t dim, int groups, Ahead *behind) {
     Ahead ahead = *behind;
     for (int g = 0; g < groups; g += VECTOR_BLOCK) {
         F sum[R][VECTOR_BLOCK] = {};
@@ -132,8 +133,8 @@ template <int R> static void score_rows(float *scores, const float *q, const flo
 
 // out[r][d] = out[r][d] * fade[r] + sum over keys of weights[r][key] * values[key][d], for R rows and N vectors of d.
 template <int R, int N>
-DS_INLINE void mix_block(float *out, const float *fade, const float *weights, const float *values, int64_t padded, int from, int to,
-                         Ahead *behind) {
+DS_INLINE void mix_block(float *out, const float *fade, const float *weights, const float *values, int64_t padded, int from,
+                         int to, Ahead *behind) {
     Ahead ahead = *behind;
     F sum[R][N];
 #pragma GCC unroll 8
@@ -160,8 +161,8 @@ DS_INLINE void mix_block(float *out, const float *fade, const float *weights, co
 }
 
 template <int R>
-static void mix_rows(float *out, const float *fade, const float *weights, const float *values, int64_t padded, int from, int to,
-                     Ahead *ahead) {
+static void mix_rows(float *out, const float *fade, const float *weights, const float *values, int64_t padded, int from,
+                     int to, Ahead *ahead) {
     int64_t d = 0;
     for (; d + VECTOR_BLOCK * WIDTH <= padded; d += VECTOR_BLOCK * WIDTH)
         mix_block<R, VECTOR_BLOCK>(out + d, fade, weights, values + d, padded, from, to, ahead);
@@ -169,17 +170,17 @@ static void mix_rows(float *out, const float *fade, const float *weights, const 
 }
 
 // Calls f<R> for blocks of ROW_BLOCK rows, and for what is left.
-#define DS_ROW_BLOCKS(rows, f, at, ...)                              \
-    do {                                                             \
-        int64_t at = 0;                                              \
+#define DS_ROW_BLOCKS(rows, f, at, ...)                                              \
+    do {                                                                             \
+        int64_t at = 0;                                                              \
         for (; at + ROW_BLOCK <= (rows); at += ROW_BLOCK) f<ROW_BLOCK>(__VA_ARGS__); \
-        switch ((rows) - at) {                                       \
-            case 1: f<1>(__VA_ARGS__); break;                        \
-            case 2: f<2>(__VA_ARGS__); break;                        \
-            case 3: f<3>(__VA_ARGS__); break;                        \
-            case 4: f<4>(__VA_ARGS__); break;                        \
-            case 5: f<5>(__VA_ARGS__); break;                        \
-        }                                                            \
+        switch ((rows) - at) {                                                       \
+            case 1: f<1>(__VA_ARGS__); break;                                        \
+            case 2: f<2>(__VA_ARGS__); break;                                        \
+            case 3: f<3>(__VA_ARGS__); break;                                        \
+            case 4: f<4>(__VA_ARGS__); break;                                        \
+            case 5: f<5>(__VA_ARGS__); break;                                        \
+        }                                                                            \
     } while (0)
 
 // ---- softmax, a tile after another ----------------------------------------------------------------------------------
@@ -305,11 +306,13 @@ static void attend(const ds_op *op, const ds_step *step, const Unit *u, void *sc
             DS_ROW_BLOCKS(rows, score_rows, r, scores + r * KEYS, q_head + r * dim, keys, dim, groups, &ahead);
             for (int64_t r = 0; r < rows; r++) {
                 int64_t last = u->position + r / group - tile.start;
-                fade[r] = weigh(scores + r * KEYS, window > 0 ? last + 1 - window : 0, last, peak + h * rows + r, total + h * rows + r);
+                int64_t first = window > 0 ? last + 1 - window : 0, state = h * rows + r;
+                fade[r] = weigh(scores + r * KEYS, first, last, peak + state, total + state);
             }
             widen_values(values, now + KEYS, dim, padded, tile.from, tile.to, &ahead);
             float *sum = sums + h * rows * padded;
-            DS_ROW_BLOCKS(rows, mix_rows, r, sum + r * padded, fade + r, scores + r * KEYS, values, padded, tile.from, tile.to, &ahead);
+            DS_ROW_BLOCKS(rows, mix_rows, r, sum + r * padded, fade + r, scores + r * KEYS, values, padded, tile.from, tile.to,
+                          &ahead);
             const ds_bf16 **done = now;
             now = then;
             then = done;
@@ -321,7 +324,8 @@ static void attend(const ds_op *op, const ds_step *step, const Unit *u, void *sc
         for (int64_t r = 0; r < rows; r++) {
             F over = splat(1.0f / sum_lanes(total[h * rows + r]));
             const float *sum = sums + (h * rows + r) * padded;
-            ds_bf16 *out = (ds_bf16 *)op->out + ((u->from + r / group) * kv_heads * group + (u->head + h) * group + r % group) * dim;
+            const int64_t query = u->from + r / group, head = (u->head + h) * group + r % group;
+            ds_bf16 *out = (ds_bf16 *)op->out + (query * op->i[0] + head) * dim;
             for (int64_t d = 0; d < dim; d += 2 * WIDTH) {
                 U pairs = round_bf16(load(sum + d) * over) | round_bf16(load(sum + d + WIDTH) * over) << 16;
                 int64_t many = dim - d < 2 * WIDTH ? dim - d : (int64_t)(2 * WIDTH);

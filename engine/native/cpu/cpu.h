@@ -1,14 +1,15 @@
 // The compiled CPU backend: a step of the model as a program of operators, run by a team of threads in one call.
 //
 // A program is recorded once: an array of ds_op over buffers at fixed addresses. Only row counts and the step's
-// description (ds_step) change from step to step. Every thread of the team runs every operator; inside one they
-// share the work by taking chunks; between two there is a barrier.
+// description (ds_step) change from step to step. Threads share an operator by taking chunks of it; it is done when
+// nothing is left to take and everyone who entered has left, and then the next begins. So a kernel shares work through
+// ds_take alone, returns only when nothing is left, and writes nothing shared before its first take.
 //
 // Batch invariance: what is computed for one row (a token, a sequence) depends on that row alone, bit for bit. One
 // accumulator for each output walks along K in order, whatever the number of rows; a chunk is a range of outputs,
 // never of K; attention walks the KV blocks of a sequence in order. So who takes which chunk never shows.
 //
-// Kernels are compiled once for each instruction set (portable, avx2, avx512, avx512bf16), from the same sources, in
+// Kernels are compiled once for each instruction set (portable, avx2, avx512, avx512bf16, amx), from the same sources, in
 // namespaces of their own; `ds_cpu_select` picks a table of them at run time.
 #pragma once
 #include <stddef.h>
@@ -25,6 +26,8 @@ enum ds_kind {
     DS_ATTENTION,   // out bf16 [T, i[0] * i[2]] from x (as above) and the caches y (keys) and b (values); scale f[0], window i[3]
     DS_SWIGLU,      // out bf16 [rows, n] = silu(x f32 [rows, 2 n], first half) * second half
     DS_TAKE_ROWS,   // out f32 [sampled, n] = rows `rows` of x f32 [T, n]
+    DS_SAMPLE,      // ids (and log-probabilities) of the first rows of x f32 [rows, n], as w, a ds_sampling, asks
+    DS_SCORE,       // log-probabilities of given ids of the rows of x f32 [rows, n]; w: a ds_sampling
     DS_KINDS,
 };
 

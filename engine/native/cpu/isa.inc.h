@@ -16,21 +16,16 @@ namespace DS_NAME(ds_, DS_ISA) {
 namespace matrix {
 #include "linear.inc.h"
 }
-#if __has_include("ops.inc.h")
 #include "ops.inc.h"
-#define DS_OPS 1
-#endif
+#include "sample.inc.h"
 }  // namespace
 
 extern "C" {
 extern const ds_kernel DS_NAME(ds_kernels_, DS_ISA)[DS_KINDS];
-const ds_kernel DS_NAME(ds_kernels_, DS_ISA)[DS_KINDS] = {  // in the order of ds_kind
-#if DS_OPS
 #define DS_KERNEL(name) DS_NAME(ds_, DS_ISA)::name
-    DS_KERNEL(embed),     DS_KERNEL(rms_norm),   DS_KERNEL(matrix::linear), DS_KERNEL(head_norm),
-    DS_KERNEL(rope_store), DS_KERNEL(attention), DS_KERNEL(swiglu), DS_KERNEL(take_rows),
-#else
-    nullptr, nullptr, DS_NAME(ds_, DS_ISA)::matrix::linear, nullptr, nullptr, nullptr, nullptr, nullptr,
-#endif
+const ds_kernel DS_NAME(ds_kernels_, DS_ISA)[DS_KINDS] = {  // in the order of ds_kind
+    DS_KERNEL(embed),      DS_KERNEL(rms_norm),  DS_KERNEL(matrix::linear), DS_KERNEL(head_norm),
+    DS_KERNEL(rope_store), DS_KERNEL(attention), DS_KERNEL(swiglu),         DS_KERNEL(take_rows),
+    DS_KERNEL(sample),     DS_KERNEL(score),
 };
 }

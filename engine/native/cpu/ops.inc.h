@@ -179,8 +179,9 @@ static void embed(const ds_op *op, const ds_step *step, ds_team *team) {
 }
 
 static void take_rows(const ds_op *op, const ds_step *step, ds_team *team) {
+    const size_t bytes = (size_t)op->n * sizeof(float);
     DS_EACH_ROW(i, (int64_t)step->sampled)
-        __builtin_memcpy((float *)op->out + i * op->n, (const float *)op->x + step->rows[i] * op->n, (size_t)op->n * sizeof(float));
+        __builtin_memcpy((float *)op->out + i * op->n, (const float *)op->x + step->rows[i] * op->n, bytes);
 }
 
 // ---- norms ---------------------------------------------------------------------------------------------------------
@@ -268,7 +269,8 @@ DS_INLINE void rotate(float *x, const float *cos, int64_t half) {
     }
     if (j < half) {
         int64_t many = half - j;
-        F a = load_part(x + j, many), b = load_part(x + half + j, many), c = load_part(cos + j, many), s = load_part(sin + j, many);
+        F a = load_part(x + j, many), b = load_part(x + half + j, many);
+        F c = load_part(cos + j, many), s = load_part(sin + j, many);
         store_part(x + j, fma(-b, s, a * c), many);
         store_part(x + half + j, fma(a, s, b * c), many);
     }

@@ -226,13 +226,18 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     return nullptr;
 }
 
+// Sixteen rows of float32 activations this long fill a member's scratch; matrices are sooner too large for other reasons.
+static const int64_t LONGEST_K = DS_SCRATCH_BYTES / 16 / 4;
+
 // Runs `count` operators in order, each by the whole team; returns when the last is done. 0, or -EINVAL where an operator
-// has no kernel in `kernels`, -ECHILD in a child of the process that made the team, -ENOMEM; then nothing has run.
+// has no kernel in `kernels`, -E2BIG where a matrix has too many columns, -ECHILD in a child of the process that made the team, -ENOMEM; then nothing has run.
 extern "C" int ds_run(void *team, const ds_op *ops, int64_t count, const ds_step *step, const ds_kernel *kernels) {
     Crew *crew = (Crew *)team;
     if (crew->process != getpid()) return -ECHILD;
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < count; i++) {
         if (ops[i].kind < 0 || ops[i].kind >= DS_KINDS || !kernels[ops[i].kind]) return -EINVAL;
+        if (ops[i].kind == DS_LINEAR && ops[i].k > LONGEST_K) return -E2BIG;
+    }
     if (count > crew->room) {
         Place *places = (Place *)aligned_alloc(64, count * sizeof(Place));
         if (!places) return -ENOMEM;

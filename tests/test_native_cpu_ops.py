@@ -1,0 +1,301 @@
+"""The compiled operators other than the matrix product, against plain numpy in float64, for every instruction set.
+
+Outputs are poisoned before each run, sizes are odd, and what one row gets must be the same bits in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from engine.native import cpu
+
+ISAS = cpu.available()
+CASES = range(6)
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def team(request: pytest.FixtureRequest) -> Iterator[cpu.Team]:
+    made = cpu.Team(2, isa=request.param)
+    yield made
+    made.close()
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """uint16: float32 rounded to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def near_bf16(found: np.ndarray, expected: np.ndarray) -> None:
+    """bf16 bits against float64: half a unit in the last place of 8 bits, and what float32 sums add."""
+    np.testing.assert_allclose(widen(found), expected, rtol=2**-8 * 1.02, atol=1e-6 * max(1.0, np.abs(expected).max()))
+
+
+def run(team: cpu.Team, kind: int, step: dict[str, object], **op: object) -> None:
+    """One operator; arrays are handed over by address and must be what the caller holds."""
+    made, description = cpu.Op(kind=kind), cpu.Step()
+    for target, values in ((made, op), (description, step)):
+        for name, value in values.items():
+            if name in ("i", "f"):
+                getattr(target, name)[: len(value)] = value
+            else:
+                if isinstance(value, np.ndarray):
+                    assert value.flags.c_contiguous
+                    value = value.ctypes.data
+                setattr(target, name, value)
+    team.run((cpu.Op * 1)(made), description)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_embed_and_take_rows(team, case):
+    rng = np.random.default_rng(case)
+    vocab, n, count = rng.integers(1, 100), rng.integers(1, 90), rng.integers(1, 70)
+    table = bf16(floats(rng, vocab, n))
+    packed = np.zeros(cpu.packed_bytes(vocab, n) // 2, np.uint16)
+    cpu.pack_bf16(packed.ctypes.data, table.ctypes.data, int(vocab), int(n), is_float=False)
+    ids = rng.integers(0, vocab, count).astype(np.int32)
+    out = np.full((count, n), np.nan, np.float32)
+    run(team, cpu.EMBED, {"tokens": count, "ids": ids}, out=out, w=packed, n=n)
+    assert (out == widen(table)[ids]).all()
+    rows = rng.integers(0, count, rng.integers(1, 40)).astype(np.int32)
+    taken = np.full((len(rows), n), np.nan, np.float32)
+    run(team, cpu.TAKE_ROWS, {"tokens": count, "sampled": len(rows), "rows": rows}, sampled=1, out=taken, x=out, n=n)
+    assert (taken == out[rows]).all()
+
+
+def rms(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("added", [False, True])
+def test_rms_norm(team, case, added):
+    rng = np.random.default_rng(case)
+    rows, n = int(rng.integers(1, 60)), int(rng.choice([1, 7, 16, 63, 576, 1001]))
+    x, y, weight = floats(rng, rows, n) * 30, floats(rng, rows, n), floats(rng, n)
+    summed = x + y if added else x.copy()
+    out = np.full((rows, n), 0x7FC1, np.uint16)
+    one = {"sampled": 1, "n": n, "w": weight, "f": [1e-5]}
+    step = {"tokens": rows + 5, "sampled": rows}
+    alone, alone_out = x.copy(), np.full((rows, n), 0x7FC1, np.uint16)
+    run(team, cpu.RMS_NORM, step, out=out, x=x, y=y if added else None, **one)
+    assert (x == summed).all()
+    near_bf16(out, rms(summed, weight, 1e-5))
+    for r in range(0, rows, 7):
+        a, b, c = alone_out[r : r + 1], alone[r : r + 1], y[r : r + 1] if added else None
+        run(team, cpu.RMS_NORM, {"sampled": 1}, out=a, x=b, y=c, **one)
+        assert (a == out[r]).all() and (b == x[r]).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_head_norm(team, case):
+    rng = np.random.default_rng(case)
+    kv_heads, dim = int(rng.integers(1, 5)), int(rng.choice([8, 16, 40, 64, 80, 128]))
+    heads, rows = kv_heads * int(rng.integers(1, 4)), int(rng.integers(1, 30))
+    x, wq, wk = floats(rng, rows, heads + 2 * kv_heads, dim), floats(rng, dim), floats(rng, dim)
+    expected = x.astype(np.float64)
+    expected[:, :heads] = rms(x[:, :heads], wq, 1e-6)
+    expected[:, heads : heads + kv_heads] = rms(x[:, heads : heads + kv_heads], wk, 1e-6)
+    run(team, cpu.HEAD_NORM, {"tokens": rows}, x=x, w=wq, y=wk, i=[heads, kv_heads, dim], f=[1e-6])
+    np.testing.assert_allclose(x, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_swiglu(team, case):
+    rng = np.random.default_rng(case)
+    rows, n = int(rng.integers(1, 40)), int(rng.choice([1, 15, 100, 512, 1025, 1536]))
+    x = floats(rng, rows, 2 * n) * 10
+    edges = np.array([-1e30, -88.0, -90.0, -200.0, 0.0, -0.0, 88.7, 200.0, 1e30], np.float32)[:n]
+    x[0, : len(edges)] = edges
+    out = np.full((rows, n), 0x7FC1, np.uint16)
+    run(team, cpu.SWIGLU, {"tokens": rows}, out=out, x=x, n=n)
+    gate, up = x[:, :n].astype(np.float64), x[:, n:].astype(np.float64)
+    with np.errstate(over="ignore"):
+        near_bf16(out, gate / (1 + np.exp(-gate)) * up)
+    last = np.full((1, n), 0x7FC1, np.uint16)
+    run(team, cpu.SWIGLU, {"tokens": 1}, out=last, x=x[-1:], n=n)
+    assert (last == out[-1]).all()
+
+
+def test_what_is_not_a_number_stays_so(team):
+    x = np.ones((1, 64), np.float32)
+    x[0, 3] = np.nan
+    out = np.zeros((1, 32), np.uint16)
+    run(team, cpu.SWIGLU, {"tokens": 1}, out=out, x=x, n=32)
+    assert np.flatnonzero(np.isnan(widen(out)[0])).tolist() == [3]
+    out = np.zeros((1, 64), np.uint16)
+    run(team, cpu.RMS_NORM, {"tokens": 1}, out=out, x=x, w=np.ones(64, np.float32), n=64, f=[1e-5])
+    assert np.isnan(widen(out)).all()
+
+
+# ---- rotary positions, the cache and attention ----------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """Random q, k, v for a few sequences, and a poisoned cache for them."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    block_size: int
+    lengths: list[int]
+    window: int = 0
+    seed: int = 0
+    qkv: list[np.ndarray] = field(default_factory=list)  # of each sequence: [length, (H + 2 Hk) * D]
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+        self.width = (self.heads + 2 * self.kv_heads) * self.dim
+        self.qkv = [floats(self.rng, n, self.width) * 1.5 for n in self.lengths]
+        many = max(self.lengths) + 1
+        angle = self.rng.uniform(0, 6.28, (many, self.dim // 2))
+        self.cos_sin = np.concatenate([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+        per = [-(-n // self.block_size) for n in self.lengths]
+        order = self.rng.permutation(sum(per) + 3).astype(np.int32)
+        self.tables = np.full((len(per), max(per)), 2**30, np.int32)  # would crash if it were read
+        for s, n in enumerate(per):
+            self.tables[s, :n] = order[sum(per[:s]) :][:n]
+        shape = (sum(per) + 3, self.block_size, self.kv_heads, self.dim)
+        self.keys, self.values = np.full(shape, 0x7FC1, np.uint16), np.full(shape, 0x7FC1, np.uint16)  # nan
+
+    def run(self, team: cpu.Team, parts: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        """Rope, store and attend for `parts` (sequence, first, count) in one step: bf16 bits [count, H * D] of each."""
+        slots, positions = [], []
+        for s, first, count in parts:
+            at = np.arange(first, first + count)
+            positions.append(at)
+            slots.append(self.tables[s, at // self.block_size] * self.block_size + at % self.block_size)
+        x = np.concatenate([self.qkv[s][first : first + count] for s, first, count in parts])
+        step: dict[str, object] = {
+            "tokens": len(x),
+            "sequences": len(parts),
+            "block_size": self.block_size,
+            "table_width": self.tables.shape[1],
+            "positions": np.concatenate(positions).astype(np.int32),
+            "kv_slots": np.concatenate(slots).astype(np.int32),
+            "q_start": np.cumsum([0] + [count for _, _, count in parts]).astype(np.int32),
+            "kv_len": np.array([first + count for _, first, count in parts], np.int32),
+            "blocks": np.ascontiguousarray(self.tables[[s for s, _, _ in parts]]),
+            "cos_sin": self.cos_sin,
+        }
+        out = np.full((len(x), self.heads * self.dim), 0x7FC1, np.uint16)
+        shape = {"x": x, "y": self.keys, "b": self.values, "i": [self.heads, self.kv_heads, self.dim, self.window]}
+        run(team, cpu.ROPE_STORE, step, **shape)
+        self.rotated = x
+        run(team, cpu.ATTENTION, step, out=out, f=[self.dim**-0.5], **shape)
+        return np.split(out, step["q_start"][1:-1])
+
+    def turned(self, s: int) -> np.ndarray:
+        """[length, H + 2 Hk, D] of a sequence after rope, float64."""
+        x = self.qkv[s].reshape(-1, self.heads + 2 * self.kv_heads, self.dim).astype(np.float64)
+        half, n = self.dim // 2, self.heads + self.kv_heads
+        cos, sin = (c[: len(x), None, :].astype(np.float64) for c in np.split(self.cos_sin, 2, 1))
+        a, b = x[:, :n, :half].copy(), x[:, :n, half:].copy()
+        x[:, :n, :half], x[:, :n, half:] = a * cos - b * sin, b * cos + a * sin
+        return x
+
+    def expected(self, s: int) -> np.ndarray:
+        """[length, H * D] in float64, from keys and values as the cache holds them."""
+        x = self.turned(s)
+        n, h = len(x), self.heads
+        at = np.arange(n)
+        places = self.tables[s, at // self.block_size], at % self.block_size
+        k, v = (np.repeat(widen(c)[places].astype(np.float64), h // self.kv_heads, 1) for c in (self.keys, self.values))
+        scores = np.einsum("qhd,khd->hqk", x[:, :h], k) * self.dim**-0.5
+        seen = at[None] <= at[:, None]
+        if self.window:
+            seen &= at[None] > at[:, None] - self.window
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(n, -1)
+
+
+MODELS = [
+    Model(9, 3, 64, 16, [70, 1, 200, 33]),
+    Model(4, 4, 16, 4, [3, 65, 129], window=5),
+    Model(6, 2, 80, 7, [100, 64, 63], window=70),
+    Model(3, 1, 8, 128, [130, 2]),
+    Model(8, 1, 96, 1, [40, 66], window=1),
+    Model(14, 2, 128, 16, [66, 10, 5], window=64),
+    Model(60, 1, 32, 16, [70]),
+    Model(5, 5, 40, 3, [20, 90]),
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}")
+def test_rope_store_and_attention(team, model):
+    model = Model(model.heads, model.kv_heads, model.dim, model.block_size, model.lengths, model.window)
+    sequences = range(len(model.lengths))
+    outs = model.run(team, [(s, 0, model.lengths[s]) for s in sequences])
+    start = 0
+    for s in sequences:
+        n, turned = model.lengths[s], model.turned(s)
+        found = model.rotated[start : start + n].reshape(turned.shape)
+        start += n
+        np.testing.assert_allclose(found, turned, rtol=1e-6, atol=2e-6)
+        at = np.arange(n)
+        stored = model.tables[s, at // model.block_size], at % model.block_size
+        h, hk = model.heads, model.kv_heads
+        assert (model.keys[stored] == bf16(found[:, h : h + hk])).all()
+        assert (model.values[stored] == bf16(found[:, h + hk :])).all()
+        expected = model.expected(s)
+        np.testing.assert_allclose(widen(outs[s]), expected, rtol=2**-8 * 1.02, atol=2e-5)
+    written = sum(model.lengths) * model.kv_heads * model.dim
+    assert (model.keys != 0x7FC1).sum() == written, "a slot that is nobody's was written"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}")
+def test_attention_is_the_same_bits_in_any_company(team, model):
+    def fresh() -> Model:
+        return Model(model.heads, model.kv_heads, model.dim, model.block_size, model.lengths, model.window)
+
+    whole = fresh().run(team, [(s, 0, n) for s, n in enumerate(model.lengths)])
+    rng = np.random.default_rng(1)
+    for trial in range(3):
+        other = fresh()
+        done = [0] * len(model.lengths)
+        while any(d < n for d, n in zip(done, model.lengths, strict=True)):
+            parts = []
+            for s in rng.permutation(len(done)):
+                left = model.lengths[s] - done[s]
+                count = min(left, int(rng.integers(0, 60)) if trial else 1) if left else 0
+                if count:
+                    parts.append((int(s), done[s], count))
+                    done[s] += count
+            if parts:
+                for (s, first, count), out in zip(parts, other.run(team, parts), strict=True):
+                    assert (out == whole[s][first : first + count]).all(), (s, first, count)
+
+
+def test_many_sequences_of_one_token(team):
+    """The form in which a unit takes all heads of a sequence."""
+    lengths = [int(n) for n in np.random.default_rng(3).integers(1, 150, 20)]
+    model = Model(6, 3, 64, 16, lengths)
+    whole = model.run(team, [(s, 0, n) for s, n in enumerate(lengths)])
+    last = model.run(team, [(s, n - 1, 1) for s, n in enumerate(lengths)])
+    for s, n in enumerate(lengths):
+        assert (last[s][0] == whole[s][n - 1]).all()
+
+
+def test_very_large_scores(team):
+    model = Model(2, 1, 64, 16, [100])
+    model.qkv[0][:, :192] *= 100
+    out = model.run(team, [(0, 0, 100)])[0]
+    np.testing.assert_allclose(widen(out), model.expected(0), rtol=2**-8 * 1.02, atol=5e-3)
