@@ -124,8 +124,8 @@ class NativeCpuDevice:
         return b.half
 
     def scratch(self, name: str, nbytes: int) -> int:
-        """Anonymous memory, committed as rows are first written."""
-        self.memory[name] = mmap.mmap(-1, nbytes)
+        """Anonymous memory, committed as rows are first written: most steps write few of the rows there is room for."""
+        self.memory[name] = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return address_of(self.memory[name])
 
     # ---- execution --------------------------------------------------------------------------------------------------
