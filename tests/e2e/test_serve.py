@@ -152,10 +152,10 @@ def test_a_client_that_leaves_frees_everything(server):
 
 
 def test_sigterm_drains_and_a_full_queue_says_when_to_come_again(model):
-    with Server(model, "--max-num-seqs", "2", "--max-num-queued-reqs", "1", "--max-model-len", "512") as server:
+    with Server(model, "--max-num-seqs", "2", "--max-num-queued-reqs", "1", "--max-model-len", "4096") as server:
         server.ready()
         got: list[tuple[int, dict]] = []
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2500, "ignore_eos": True, "temperature": 0}
         threads = [threading.Thread(target=lambda: got.append(server.post("/v1/completions", body))) for _ in range(3)]
         for t in threads:
             t.start()
@@ -176,7 +176,7 @@ def test_sigterm_drains_and_a_full_queue_says_when_to_come_again(model):
         assert server.post("/v1/completions", body)[0] == 503
         for t in threads:
             t.join()
-        assert [status for status, _ in got] == [200] * 3 and all(r["usage"]["completion_tokens"] == 300 for _, r in got)
+        assert [status for status, _ in got] == [200] * 3 and all(r["usage"]["completion_tokens"] == 2500 for _, r in got)
         assert server.process.wait(20) == 0
 
 
