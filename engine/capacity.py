@@ -25,8 +25,8 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 FREE_SHARE = 0.5
 # ... and to no more than this, as vLLM's CPU backend has it; memory is committed as blocks are first written.
 AUTO_KV_BYTES = 4 << 30
-# Kept for the interpreter, libraries and activations of one TE. Measured: torch and a 135M model's buffers take about 0.4 GB (a TE
-# on the compiled kernels has no torch and takes a tenth).
+# Kept for the interpreter, libraries and activations of one TE. Measured: torch and a 135M model's buffers take about 0.4 GB;
+# a TE on the compiled kernels has no torch and takes a tenth.
 PROCESS_BYTES = 512 << 20
 
 
