@@ -208,7 +208,7 @@ class Cluster:
 
     def te_exited(self, number: int, pid: int, status: int) -> None:
         te = self.table.get(number)
-        if te is not None and te.pid == pid and te.failure is None and status not in (0, None):
+        if te is not None and te.pid == pid and te.failure is None and status != 0:
             te.failure = Failed(f"TE {number} (pid {pid}) ended with status {status}")
 
     async def stop(self) -> None:

@@ -116,7 +116,7 @@ class AsyncLLM:
         """Read the model's description, start the cluster, then build the tokenizer while weights are packed."""
         try:
             path = await asyncio.to_thread(pull.resolve, self.asked.model)
-            native.load()
+            await asyncio.to_thread(native.load)  # compiles where it is missing
             if not self.names:
                 self.names = [pull.model_id(self.asked.model, path)]
             plan, self.why = await asyncio.to_thread(make_plan, path, self.asked)
