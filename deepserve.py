@@ -237,7 +237,8 @@ async def show_config(config: Config, origin: dict[str, str]) -> int:
         why = {}
     for name in Config.__struct_fields__:
         value = getattr(config, name)
-        shown = "auto" if value is None else "(hidden)" if name == "api_key" and value else value
+        absent = "off" if name == "speculative_config" else "auto"
+        shown = absent if value is None else "(hidden)" if name == "api_key" and value else value
         print(f"{name.replace('_', '-'):24} {shown!s:28} {why.get(name) or origin[name]}")
     return 0
 
@@ -296,8 +297,8 @@ def parser() -> argparse.ArgumentParser:
     talk.add_argument("--seed", type=int)
     commands.add_parser("pull", help="fetch a model").add_argument("name", metavar="NAME")
     commands.add_parser("doctor", help="check what this machine has and what is missing")
-    bench = commands.add_parser("bench", help="measure: `bench serve` loads any OpenAI-compatible server", add_help=False)
-    bench.add_argument("what", choices=["serve"])
+    bench = commands.add_parser("bench", help="measure: `serve` loads any server, `cpu` sets ours beside others", add_help=False)
+    bench.add_argument("what", choices=["serve", "cpu"])
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     return top
 
@@ -305,9 +306,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "bench":
-        from bench.serve import main as bench_serve
+        from importlib import import_module
 
-        return bench_serve(args.rest)
+        return import_module(f"bench.{args.what}").main(args.rest)
     try:
         if args.command == "serve":
             import uvloop

@@ -111,7 +111,17 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     if dtype == "auto":
         dtype = auto_dtype(box)
         why["dtype"] = "the compiled kernels' precision on cpu" if box.compiled else "the reference operators' precision on cpu"
+    if config.quantization == "int8" and not (box.compiled and dtype == "bfloat16"):
+        lacks = f"--dtype {dtype}" if box.compiled else "this machine's reference operators"
+        raise UserError(
+            f"--quantization int8 needs the compiled cpu kernels with --dtype bfloat16; {lacks} can't: leave it out",
+            "quantization",
+        )
     block_size = config.block_size or default_block_size(device)
+    if box.compiled and dtype == "bfloat16" and block_size % 16:
+        raise UserError(
+            f"--block-size {block_size}: the compiled cpu kernels read keys in groups of 16; use a multiple of 16", "block_size"
+        )
     if config.block_size is None:
         why["block_size"] = f"what {device} likes"
 

@@ -14,10 +14,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from engine.types import UserError
+from engine.types import Quantization, UserError
 
 DeviceName = Literal["auto", "cpu"]
 DType = Literal["auto", "float32", "bfloat16"]
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`speculative_config`, with vLLM's names. Prompt lookup: where the last `prompt_lookup_max` ids (or fewer, down to
+    `prompt_lookup_min`) stand earlier in prompt or output, what followed them there is drafted.
+
+    Raises `ValueError` from the constructor where the two contradict each other."""
+
+    method: Literal["ngram"] = "ngram"
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=32)] = 8  # the most; drafts grow to it while they hold
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=32)] = 2
+    prompt_lookup_max: Annotated[int, Meta(ge=1, le=32)] = 6
+
+    def __post_init__(self) -> None:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min = {self.prompt_lookup_min} is more than prompt_lookup_max = {self.prompt_lookup_max}"
+            )
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +59,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="precision of weights, activations and KV cache; auto on cpu is bfloat16 on the compiled kernels, float32 without them"
         ),
     ] = "auto"
+    quantization: Annotated[
+        Quantization,
+        Meta(
+            description="auto keeps what a GGUF file stores quantised; none expands it to the dtype; int8 quantises 16- and 32-bit matrices at load (8-bit weights, activations quantised as they come; compiled cpu kernels only)"
+        ),
+    ] = "auto"
     max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences a TE runs at once")] = 64
     max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20, description="tokens a step computes at most")] = 1024
@@ -56,6 +80,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         bool, Meta(description="plan the next step while this one runs (--no-async-scheduling: the plain loop)")
     ] = True
     enable_prefix_caching: Annotated[bool, Meta(description="share KV blocks of equal prompt prefixes")] = True
+    speculative_config: Speculation | None = None
     chat_template: Annotated[str, Meta(description="a Jinja file, or the template itself, instead of the model's own")] = ""
     shutdown_timeout: Annotated[float, Meta(ge=0, description="seconds that running requests get to finish after SIGTERM")] = 60.0
     stall_timeout: Annotated[
@@ -72,6 +97,8 @@ AUTO_HELP = {
     "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
     "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu)",
     "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",
+    "speculative_config": 'speculation by prompt lookup, as JSON: {"method": "ngram", "num_speculative_tokens": 8,'
+    ' "prompt_lookup_min": 2, "prompt_lookup_max": 6} (default: off)',
     "seed": "seed of everything random (default: from the system)",
 }
 
@@ -99,6 +126,25 @@ def parse_size(text: str) -> int:
         raise UserError(f"{text!r} is not a size; write for example 4G or 512M") from None
 
 
+def parse_speculation(value: Any, origin: str) -> Speculation:
+    """`speculative_config` from JSON text (a flag) or a table (TOML, Python). Raises `UserError`."""
+    example = '{"method": "ngram", "num_speculative_tokens": 8}'
+    where = f"{origin}: speculative-config"
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except msgspec.DecodeError as e:
+            raise UserError(
+                f"{where}: {value!r} is not JSON ({e}); write for example '{example}'", "speculative_config"
+            ) from None
+    if isinstance(value, dict) and value.get("method", "ngram") != "ngram":
+        raise UserError(f'{where}: method {value["method"]!r} isn\'t there; the only one is "ngram"', "speculative_config")
+    try:
+        return msgspec.convert(value, Speculation)
+    except msgspec.ValidationError as e:
+        raise UserError(f"{where}: {e}; write for example '{example}'", "speculative_config") from None
+
+
 def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """`values` (text or TOML types) converted to the types of Config's fields.
 
@@ -112,6 +158,8 @@ def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
             value = [value]
         if name == "kv_cache_memory_bytes" and isinstance(value, str):
             value = parse_size(value)
+        if name == "speculative_config" and value is not None:
+            value = parse_speculation(value, origin)
         try:
             one = msgspec.convert({name: value}, Config, strict=False)
         except msgspec.ValidationError as e:

@@ -1,8 +1,8 @@
 """The step loop of FlowServe: receive, plan, execute, reply. Knows no torch, no HTTP and no other TE.
 
 Two forms that must give the same tokens: `plain` finishes a step before it plans the next; `overlapped` plans and
-launches step n + 1 while step n runs. In the second, a sequence's end by a sampled id is seen one step late, and the
-extra token is dropped.
+launches step n + 1 while step n runs, unless a sequence may have drafts (`Batch.must_wait`). In the second, a sequence's
+end by a sampled id is seen one step late, and the extra token is dropped.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.batch import Plan, Sequence, scored_rows
+from engine.batch import Plan, Sequence, counts_ids, scored_rows
 from engine.devices import Device, KVCache, Pending, SamplingRows, SlotSetup, StepInputs, StepView, Tensor
 from engine.models import Model
 
@@ -61,6 +61,7 @@ class Executor:
         feed = np.full(total, -1, np.int32)
         sampled: list[Sequence] = []
         rows: list[int] = []
+        produced: list[int] = []  # generated ids of the sequence once this row has its own
         scores: list[np.ndarray] = []
         score_rows: list[np.ndarray] = []
         score_top = 0
@@ -68,7 +69,9 @@ class Executor:
         at = 0
         for work in plan:
             seq, end = work.seq, work.start + work.count
-            if end <= seq.known:
+            if len(work.draft):
+                ids[at : at + work.count] = np.concatenate([seq.ids[work.start : seq.known], work.draft])
+            elif end <= seq.known:
                 ids[at : at + work.count] = seq.ids[work.start : end]
             else:  # the last token is still on the device: the step before this one samples it
                 ids[at : at + work.count - 1] = seq.ids[work.start : end - 1]
@@ -79,8 +82,10 @@ class Executor:
                 score_top = max(score_top, seq.params.prompt_logprobs or 0)
             at += work.count
             if work.sample:
-                rows.append(at - 1)
-                sampled.append(seq)
+                many = 1 + len(work.draft)
+                rows += range(at - many, at)
+                produced += range(seq.target - seq.prompt, seq.target - seq.prompt + many)
+                sampled += [seq] * many
                 if not seq.setup_sent:
                     setups += self.set_up(seq)
         return StepInputs(
@@ -92,7 +97,7 @@ class Executor:
             kv_len=starts + counts,
             blocks=blocks,
             rows=np.concatenate([np.array(rows, np.int32), *score_rows]),
-            sampling=self.sampling(sampled, positions[rows] + 1),
+            sampling=self.sampling(sampled, produced, positions[rows] + 1),
             score_ids=np.concatenate(scores) if scores else NOTHING,
             score_top=score_top,
             setups=setups,
@@ -111,7 +116,7 @@ class Executor:
         self.seed[slot] = seq.seed
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
         seq.setup_sent = True
-        counts = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0)
+        counts = counts_ids(p)
         holds = bool(p.min_tokens and seq.stop_ids)
         self.has_setup[slot] = counts or holds or bool(p.logit_bias)
         if not self.has_setup[slot]:
@@ -128,9 +133,9 @@ class Executor:
             )
         ]
 
-    def sampling(self, sampled: list[Sequence], positions: np.ndarray) -> SamplingRows:
+    def sampling(self, sampled: list[Sequence], produced: list[int], positions: np.ndarray) -> SamplingRows:
         slot = np.fromiter((s.slot for s in sampled), np.int32, len(sampled))
-        hold = np.fromiter((s.target - s.prompt <= s.params.min_tokens for s in sampled), bool, len(sampled))
+        hold = np.fromiter((p <= s.params.min_tokens for s, p in zip(sampled, produced, strict=True)), bool, len(sampled))
         return SamplingRows(
             slot=slot,
             position=positions.astype(np.int64),

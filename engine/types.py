@@ -32,9 +32,20 @@ class OutOfMemory(UserError):
     """Something does not fit; the text names the flag and a value that would."""
 
 
-# How packed matrices lie in memory. "rows": row-major, as in the file; "panels": bfloat16 as the compiled CPU kernels read it
+# How packed matrices lie in memory. "rows": row-major, as in the file; "panels": as the compiled CPU kernels read them
 # (engine/native/cpu/cpu.h).
 WeightFormat = Literal["rows", "panels"]
+# "auto": matrices that a GGUF file stores quantised stay so; "none": they are expanded to the dtype; "int8": those stored in
+# 16 or 32 bits are quantised at load. Row-major matrices are always expanded.
+Quantization = Literal["auto", "none", "int8"]
+
+
+class Packing(msgspec.Struct, frozen=True, array_like=True):
+    """How a model's weights are to be packed."""
+
+    dtype: str  # float32 | bfloat16
+    format: WeightFormat = "rows"
+    quantization: Quantization = "auto"
 
 
 # ---- token ids on the wire ------------------------------------------------------------------------------------------
@@ -182,6 +193,9 @@ class Load(msgspec.Struct, array_like=True, gc=False):
     prefix_queries: int = 0  # prompt tokens looked up in the prefix tree
     prefix_hits: int = 0  # of these, found
     prompt_tokens: int = 0  # computed in prefill
+    drafts: int = 0  # speculation: sequences' steps that verified a draft
+    draft_tokens: int = 0  # ... ids drafted in them
+    accepted_tokens: int = 0  # ... of these, ids that were sampled too
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):

@@ -10,22 +10,24 @@ import json
 import logging
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from engine.gguf import BLOCKS, GGUF, hf_config, hf_tensor_names, rope_heads
 from engine.hub import is_gguf, model_config, read_json
-from engine.models import WeightSpec
+from engine.models import WeightPart, WeightSpec
 from engine.native import checksum
 from engine.quants import CHUNK, dequantize
-from engine.types import UserError, WeightFormat
+from engine.types import Packing, UserError, WeightFormat
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
 }  # bfloat16 travels as its bits
-SAFETENSORS_TYPES = ("F32", "F16", "BF16")
+SAFETENSORS_TYPES = FLOATS = ("F32", "F16", "BF16")
 # In files, but of no use to anybody: rope tables that every implementation computes for itself.
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 
@@ -79,6 +81,14 @@ class Checkpoint:
         if name not in self._tensors:
             raise UserError(f"{self.path}: has no tensor {name}; the model's config asks for it", "model")
         return self._tensors[name]
+
+    def raw_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows as the file stores them: uint8 [rows, bytes of a row], in Hugging Face's order."""
+        stored = self._stored(name)
+        data = stored.data.reshape(stored.shape[0], -1)
+        if not stored.rope_heads:
+            return data[first:last]
+        return data[hf_row_order(stored.shape[0], stored.rope_heads)[first:last]]
 
     def read_into(self, name: str, out: np.ndarray, rows: slice | None = None) -> None:
         """Rows of a tensor, converted to `out`'s dtype: float32, or uint16 for bfloat16's bits (rounded to nearest even)."""
@@ -215,13 +225,16 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 
 PANEL_ROWS = 16
+# GGML's types that have kernels of their own, and are packed without loss.
+KEPT = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
+SOME_BYTES = 1 << 20  # of a matrix packed at a time, so that what is read stays in cache
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One packed tensor."""
+    """One packed tensor, or a part of one: entries of the same name are rows one under another."""
 
     name: str
-    dtype: str  # float32 | bfloat16
+    dtype: str  # float32 | bfloat16 | a quantised kind of engine/native/cpu
     shape: tuple[int, ...]
     format: WeightFormat
     slab: int
@@ -239,77 +252,125 @@ class Manifest(msgspec.Struct, frozen=True):
     format: WeightFormat = "rows"  # of matrices
 
 
+class Piece(NamedTuple):
+    """An entry to be written: sources of one spec that are packed alike."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    format: WeightFormat
+    offset: int
+    nbytes: int
+
+
 def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def layout(specs: Sequence[WeightSpec], dtype: str, format: WeightFormat) -> Iterator[tuple[WeightSpec, str, int, int]]:
-    """(spec, dtype, offset, bytes) for each."""
+def packed_kind(stored: str, matrix: bool, packing: Packing) -> str:
+    """What a tensor stored as `stored` becomes in panels; `matrix`: it is multiplied with, not only looked up."""
+    if packing.quantization == "none":
+        return packing.dtype
+    if stored in KEPT:
+        return KEPT[stored]
+    if stored not in FLOATS or (matrix and packing.quantization == "int8"):
+        return "int8"
+    return packing.dtype
+
+
+def layout(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing) -> list[Piece]:
+    """What `pack` writes, in order. Raises `UserError` where the checkpoint doesn't fit the specs."""
+    from engine.native import cpu
+
+    tied = not any(source == "lm_head.weight" for spec in specs for source in spec.sources)
     offset = 0
-    for spec in specs:
-        kind = "float32" if spec.kind == "vector" else dtype
-        shape = spec.shape
-        if format == "panels" and spec.kind != "vector":
-            shape = (round_up(shape[0], PANEL_ROWS), round_up(shape[1], 2))
-        nbytes = prod(shape) * NUMPY_DTYPE[kind].itemsize
-        yield spec, kind, offset, nbytes
-        offset = round_up(offset + nbytes, TENSOR_ALIGN)
-
-
-def packed_size(specs: Sequence[WeightSpec], dtype: str, format: WeightFormat = "rows") -> int:
-    """Bytes of the slab that `pack` makes."""
-    end = max((offset + nbytes for _, _, offset, nbytes in layout(specs, dtype, format)), default=0)
-    return round_up(end, SLAB_ALIGN)
-
-
-def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], dtype: str, fd: int, format: WeightFormat = "rows") -> Manifest:
-    """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
+    pieces: list[Piece] = []
     for spec in specs:
         check_present(checkpoint, spec)
+        panels = packing.format == "panels" and spec.kind != "vector"
+        matrix = spec.kind == "matrix" or (spec.kind == "embedding" and tied)
+
+        def kind(source: str, vector: bool = spec.kind == "vector", panels: bool = panels, matrix: bool = matrix) -> str:
+            if vector:
+                return "float32"
+            return packed_kind(checkpoint.dtype(source), matrix, packing) if panels else packing.dtype
+
+        for dtype, alike in groupby(spec.sources, kind):
+            sources = tuple(alike)
+            shape = (sum(checkpoint.shape(source)[0] for source in sources), *spec.shape[1:])
+            nbytes = cpu.packed_bytes(dtype, *shape) if panels else prod(shape) * NUMPY_DTYPE[dtype].itemsize
+            pieces.append(Piece(spec.name, dtype, shape, sources, "panels" if panels else "rows", offset, nbytes))
+            offset = round_up(offset + nbytes, TENSOR_ALIGN)
+    return pieces
+
+
+def packed_size(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing) -> int:
+    """Bytes of the slab that `pack` makes."""
+    return round_up(max((p.offset + p.nbytes for p in layout(checkpoint, specs, packing)), default=0), SLAB_ALIGN)
+
+
+def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, fd: int) -> Manifest:
+    """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
+    pieces = layout(checkpoint, specs, packing)
     report_unused(checkpoint, specs)
-    size = packed_size(specs, dtype, format)
+    report_repacked(checkpoint, pieces)
+    size = packed_size(checkpoint, specs, packing)
     os.ftruncate(fd, size)
     slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
 
-    def write(item: tuple[WeightSpec, str, int, int]) -> Entry:
-        spec, kind, offset, nbytes = item
-        data = slab[offset : offset + nbytes]
-        if format == "panels" and spec.kind != "vector":
-            write_panels(checkpoint, spec, data)
-            return Entry(spec.name, kind, spec.shape, format, 0, offset, nbytes, checksum(data))
-        read_rows(checkpoint, spec, 0, data.view(NUMPY_DTYPE[kind]).reshape(spec.shape))
-        return Entry(spec.name, kind, spec.shape, "rows", 0, offset, nbytes, checksum(data))
+    def write(piece: Piece) -> Entry:
+        data = slab[piece.offset : piece.offset + piece.nbytes]
+        if piece.format == "panels":
+            write_panels(checkpoint, piece, data)
+        else:
+            read_rows(checkpoint, piece.sources, 0, data.view(NUMPY_DTYPE[piece.dtype]).reshape(piece.shape))
+        return Entry(piece.name, piece.dtype, piece.shape, piece.format, 0, piece.offset, piece.nbytes, checksum(data))
 
     # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
-        entries = list(pool.map(write, layout(specs, dtype, format)))
-    return Manifest(entries, [size], size, format)
+        entries = list(pool.map(write, pieces))
+    return Manifest(entries, [size], size, packing.format)
 
 
-def read_rows(checkpoint: Checkpoint, spec: WeightSpec, first: int, out: np.ndarray) -> None:
-    """Rows `first` to `first + len(out)` of a spec's sources, one under another."""
+def spans(checkpoint: Checkpoint, sources: Sequence[str], first: int, last: int) -> Iterator[tuple[str, int, int]]:
+    """Rows `first` to `last` of the sources one under another, as (source, first, last) within each."""
     begin = 0
-    for source in spec.sources:
+    for source in sources:
         rows = checkpoint.shape(source)[0]
-        low, high = max(first, begin), min(first + len(out), begin + rows)
+        low, high = max(first, begin), min(last, begin + rows)
         if low < high:
-            checkpoint.read_into(source, out[low - first : high - first], slice(low - begin, high - begin))
+            yield source, low - begin, high - begin
         begin += rows
 
 
-def write_panels(checkpoint: Checkpoint, spec: WeightSpec, data: np.ndarray) -> None:
-    """A matrix into bfloat16 panels of 16 rows, some at a time, so that what is read stays in cache."""
+def read_rows(checkpoint: Checkpoint, sources: Sequence[str], first: int, out: np.ndarray) -> None:
+    """Rows `first` to `first + len(out)` of the sources, one under another, in `out`'s dtype."""
+    at = 0
+    for source, low, high in spans(checkpoint, sources, first, first + len(out)):
+        checkpoint.read_into(source, out[at : at + high - low], slice(low, high))
+        at += high - low
+
+
+def write_panels(checkpoint: Checkpoint, piece: Piece, data: np.ndarray) -> None:
+    """A matrix into panels of 16 rows, some at a time."""
     from engine.native import cpu
 
-    rows, columns = spec.shape
-    some = max(PANEL_ROWS, (1 << 19) // columns // PANEL_ROWS * PANEL_ROWS)  # 1 MiB of bfloat16
-    panel_bytes = round_up(columns, 2) * PANEL_ROWS * 2
-    chunk = np.empty((min(some, rows), columns), np.uint16)
+    rows, columns = piece.shape
+    panel_bytes = cpu.packed_bytes(piece.dtype, PANEL_ROWS, columns)
+    some = max(PANEL_ROWS, SOME_BYTES // (2 * columns) // PANEL_ROWS * PANEL_ROWS)
+    # What the file has in 16 bits needs no float32 on its way; int8 is made from the finer of the two.
+    is_float = piece.dtype == "int8" and any(checkpoint.dtype(source) != "BF16" for source in piece.sources)
     for first in range(0, rows, some):
-        part = chunk[: min(some, rows - first)]
-        read_rows(checkpoint, spec, first, part)
+        last = min(first + some, rows)
+        if piece.dtype in KEPT.values():
+            parts = [checkpoint.raw_rows(*span) for span in spans(checkpoint, piece.sources, first, last)]
+            part = np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+        else:
+            part = np.empty((last - first, columns), np.float32 if is_float else np.uint16)
+            read_rows(checkpoint, piece.sources, first, part)
         to = data[first // PANEL_ROWS * panel_bytes :]
-        cpu.pack_bf16(to.ctypes.data, part.ctypes.data, len(part), columns, is_float=False)
+        cpu.pack(piece.dtype, to.ctypes.data, part.ctypes.data, last - first, columns, is_float=is_float)
 
 
 def check_present(checkpoint: Checkpoint, spec: WeightSpec) -> None:
@@ -333,7 +394,18 @@ def report_unused(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> None:
         log.warning("event=unused_tensors path=%s tensors=%s%s", checkpoint.path, ",".join(unused[:3]), more)
 
 
-def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, memoryview]:
-    """Each packed tensor's bytes, read-only, over mappings that live as long as the views."""
+def report_repacked(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+    """Say which of a file's quantised types have no kernel and are quantised anew."""
+    stored = Counter(checkpoint.dtype(source) for piece in pieces if piece.dtype == "int8" for source in piece.sources)
+    for name, count in stored.items():
+        if name not in FLOATS:
+            log.warning("event=weights_repacked path=%s type=%s to=int8 tensors=%d", checkpoint.path, name, count)
+
+
+def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, list[WeightPart]]:
+    """Each packed tensor's parts, read-only, over mappings that live as long as the views."""
     slabs = [memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)) for fd, size in zip(fds, manifest.slabs, strict=True)]
-    return {e.name: slabs[e.slab][e.offset : e.offset + e.nbytes] for e in manifest.entries}
+    parts: dict[str, list[WeightPart]] = {}
+    for e in manifest.entries:
+        parts.setdefault(e.name, []).append(WeightPart(slabs[e.slab][e.offset : e.offset + e.nbytes], e.dtype, e.shape))
+    return parts

@@ -81,7 +81,7 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
     model = models.build(birth.model_config)
     mark("te_pre_load")
     mapped = weights.map_slabs(birth.manifest, birth.slabs)
-    tensors = {e.name: device.weight(mapped[e.name], e.dtype, e.shape) for e in birth.manifest.entries}
+    tensors = {name: device.weight(parts) for name, parts in mapped.items()}
     assert config.max_model_len and config.block_size and config.kv_cache_memory_bytes, "the Config is not resolved"
     model.bind(device, tensors, config.max_model_len)
     mark("te_load")
@@ -93,6 +93,7 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
         max_seqs=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,
+        speculation=config.speculative_config,
     )
     executor = Executor(device, model, kv, batch.tables, config.block_size, config.max_num_batched_tokens)
     dummy_request(batch, executor, inbox)

@@ -25,7 +25,7 @@ import msgspec
 
 from engine import native
 from engine.config import Config
-from engine.types import UserError, WeightFormat
+from engine.types import Packing, UserError, WeightFormat
 
 
 class Msg(msgspec.Struct, tag=True, array_like=True):
@@ -33,12 +33,11 @@ class Msg(msgspec.Struct, tag=True, array_like=True):
 
 
 class Pack(Msg):
-    """Have the checkpoint at `path` packed as `dtype` in the layout `format`, under `key`."""
+    """Have the checkpoint at `path` packed, under `key`."""
 
     key: str
     path: str
-    dtype: str
-    format: WeightFormat
+    packing: Packing
 
 
 class Spawn(Msg):
@@ -122,7 +121,7 @@ class Keeper:
         """The first order is to pack, so that this runs on one core while this process imports the engine on another."""
         self.turn(None)
         started = time.monotonic()
-        warm_up({order.format for order in self.orders})
+        warm_up({order.packing.format for order in self.orders})
         self.tell(Warm(os.getpid(), time.monotonic() - started))
         while not self.leaving:
             self.turn(None)
@@ -275,7 +274,7 @@ def pack_into(order: Pack, slab: int, writing: int) -> int:
     try:
         checkpoint = weights.open_checkpoint(order.path)
         specs = models.build(checkpoint.config).weights()
-        report = msgspec.msgpack.encode((checkpoint.config, weights.pack(checkpoint, specs, order.dtype, slab, order.format)))
+        report = msgspec.msgpack.encode((checkpoint.config, weights.pack(checkpoint, specs, order.packing, slab)))
     except UserError as e:
         status, report = 1, msgspec.msgpack.encode((str(e), e.param))
     except OSError as e:

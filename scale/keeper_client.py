@@ -16,7 +16,7 @@ import msgspec
 
 from engine import shmq
 from engine.config import Config
-from engine.types import UserError, WeightFormat
+from engine.types import Packing, UserError
 from scale.keeper import Exited, FromKeeper, Pack, Packed, PackFailed, Spawn, Spawned, ToKeeper, Warm, close_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,11 +64,11 @@ class KeeperClient:
         self.loop = loop
         loop.add_reader(self.sock, self.receive)
 
-    async def order_pack(self, key: str, path: str, dtype: str, format: WeightFormat) -> None:
+    async def order_pack(self, key: str, path: str, packing: Packing) -> None:
         """Have a model packed, unless it was ordered before."""
         if key not in self.packs:
             self.packs[key] = self.loop.create_future()
-            await self.send(Pack(key, path, dtype, format))
+            await self.send(Pack(key, path, packing))
 
     async def packed(self, key: str) -> Packed:
         """Wait for an ordered pack. Raises `UserError` or `KeeperDied`."""

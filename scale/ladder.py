@@ -17,7 +17,7 @@ import msgspec
 
 from engine import shmq
 from engine.config import Config
-from engine.types import WeightFormat
+from engine.types import Packing
 from scale.keeper_client import KeeperClient
 
 STEPS = ("scaler_pre", "te_pre_load", "te_load", "te_post_load", "scaler_post")
@@ -27,7 +27,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What to bring up."""
 
     key: str  # of the packed model
-    format: WeightFormat
+    packing: Packing
     path: str
     config: Config  # resolved
     threads: int
@@ -62,7 +62,7 @@ async def fork_te(
     Raises `UserError` (the model can't be packed) or `KeeperDied`."""
     climb = Climb(te, clock())
     mark = climb.began
-    await keeper.order_pack(plan.key, plan.path, plan.config.dtype, plan.format)  # goes on beside the imports
+    await keeper.order_pack(plan.key, plan.path, plan.packing)  # goes on beside the imports
     await asyncio.shield(keeper.warm)
     climb.steps["scaler_pre"] = clock() - mark
     mark = clock()

@@ -1,7 +1,7 @@
 """The JE: one a model. Splits requests into jobs and tasks, places tasks on TEs, follows them, replays them after a TE's death.
 
 One dictionary of live tasks is the truth about what runs. A TE's `Tokens` message is worked off in one callback for the
-whole batch: detokenise, look for stop strings, hand each stream its deltas.
+whole batch: detokenise, look for stop strings, hand each stream its deltas, which it writes at once.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class LiveTask:
     max_tokens: int
     stop_ids: list[int]
     samples: list[LiveSample]
+    open_samples: int
     te: TE | None = None
     begun: bool = False  # its first token has come
-    charged: bool = False  # its prompt counts in the TE's `prompt_tokens`
-    deltas: list[Delta] = field(default_factory=list)  # of the step being worked off
+    charged: bool = False  # dispatched and without a token since: its prompt counts in the TE's `prompt_tokens`
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +154,7 @@ class JobExecutor:
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             stop_ids=sorted(stop_ids),
             samples=[self.sample(index * params.n + i, first_seed + i, params) for i in range(params.n)],
+            open_samples=params.n,
         )
         live.tasks.append(entry)
         self.live[task.id] = entry
@@ -189,7 +190,7 @@ class JobExecutor:
             if self.live.pop(entry.task.id, None) is not None and entry.te is not None:
                 if entry.te.state == "ready":
                     entry.te.link.send(Abort(entry.task.id))
-                entry.te.sequences -= sum(not s.over for s in entry.samples)
+                entry.te.sequences -= entry.open_samples
                 self.uncharge(entry)
             elif entry in self.held:
                 self.held.remove(entry)
@@ -225,7 +226,7 @@ class JobExecutor:
                 job.life.move("run", now)
         entry.te = te
         open_samples = [(i, s) for i, s in enumerate(entry.samples) if not s.over]
-        te.sequences += len(open_samples)
+        te.sequences += entry.open_samples
         te.prompt_tokens += entry.prompt_tokens
         entry.charged = True
         te.link.send(
@@ -285,11 +286,10 @@ class JobExecutor:
         if message.prompts is not None:
             for done in message.prompts:
                 self.prompt_done(done, te)
-        touched: list[LiveTask] = []
-        logprobs = message.logprobs
-        live = self.live
-        generated = 0
-        for i, seq in enumerate(message.seqs):
+        brought: dict[LiveTask, list[Delta]] = {}
+        gaps: dict[float, int] = {}  # when a sequence spoke before -> how many now follow that; mostly all at once
+        live, logprobs, generated = self.live, message.logprobs, 0
+        for i, (seq, token, finish) in enumerate(zip(message.seqs, message.ids, message.finish, strict=True)):
             task, index = split_sequence_id(seq)
             entry = live.get(task)
             if entry is None or entry.te is not te:
@@ -297,39 +297,44 @@ class JobExecutor:
             sample = entry.samples[index]
             if sample.over:
                 continue  # ended by a stop string: the TE has not heard yet
-            if not entry.deltas:
-                touched.append(entry)
-            generated += message.ids[i] >= 0
-            self.take(entry, sample, message.ids[i], message.finish[i], logprobs[i] if logprobs is not None else None, now)
-        self.metrics.generation_tokens.inc(generated)
-        for entry in touched:
-            deltas, entry.deltas = entry.deltas, []
+            if token >= 0:
+                generated += 1
+                if sample.last:
+                    gaps[sample.last] = gaps.get(sample.last, 0) + 1
+                else:
+                    self.first_token(entry, sample, now)
+                sample.last = now
+                if entry.charged:
+                    entry.task.life.move("first_token", time.time())
+                    self.uncharge(entry)
+            delta = self.take(entry, sample, token, finish, logprobs[i] if logprobs is not None else None)
+            brought.setdefault(entry, []).append(delta)
+            if delta.finish is not None:
+                self.sample_over(entry, sample, delta.finish, now)
+        self.metrics.tokens.generated += generated
+        for last, count in gaps.items():
+            self.metrics.tokens.observe(now - last, count)
+        for entry, deltas in brought.items():
             entry.request.stream.feed(deltas)
-            if all(s.over for s in entry.samples):
+            if not entry.open_samples:
                 self.task_done(entry, now)
 
-    def take(
-        self, entry: LiveTask, sample: LiveSample, token: int, finish: int, logprobs: TokenLogprobs | None, now: float
-    ) -> None:
-        """One sequence's news: its delta, its end."""
-        text, hit, reason = "", None, None
+    def take(self, entry: LiveTask, sample: LiveSample, token: int, finish: int, logprobs: TokenLogprobs | None) -> Delta:
+        """What one row of a step adds to its sample."""
+        text, hit = "", None
         ids: list[int] = []
+        ended: str | None = None
+        stop_reason: str | int | None = None
         if token >= 0:
-            self.time_token(entry, sample, now)
-            if entry.task.life.state == "dispatched":
-                entry.task.life.move("first_token", time.time())
-                self.uncharge(entry)
+            ids.append(token)
             sample.ids.append(token)
-            ids = [token]
             if finish == Finish.STOP:
                 if token not in self.tokenizer.eos_ids or token in entry.params.stop_token_ids:
-                    reason = token
+                    stop_reason = token
                 if entry.params.include_stop_str_in_output:
                     text, hit = sample.text.push(token)
             else:
                 text, hit = sample.text.push(token)
-        ended: str | None = None
-        stop_reason: str | int | None = reason
         if hit is not None:
             ended, stop_reason = "stop", hit
             if finish == Finish.NONE:
@@ -341,20 +346,11 @@ class JobExecutor:
             ended = "length" if finish == Finish.LENGTH else "stop"
             if hit is not None:
                 ended, stop_reason = "stop", hit
-        usage = entry.request.stream.usage
-        usage.completion_tokens += len(ids)
-        entry.deltas.append(
-            Delta(sample.choice, text, ids, [logprobs] if logprobs is not None and ids else None, ended, stop_reason)
-        )
-        if ended is not None:
-            self.sample_over(entry, sample, ended, now)
+        found = [logprobs] if logprobs is not None and ids else None
+        return Delta(sample.choice, text, ids, found, ended, stop_reason)
 
-    def time_token(self, entry: LiveTask, sample: LiveSample, now: float) -> None:
-        if sample.last:
-            self.metrics.inter_token.observe(now - sample.last)
-        else:
-            sample.first = now
-        sample.last = now
+    def first_token(self, entry: LiveTask, sample: LiveSample, now: float) -> None:
+        sample.first = now
         if not entry.request.record.first_token:
             entry.request.record.first_token = time.time()
             self.metrics.first_token.observe(now - entry.request.arrived)
@@ -376,7 +372,9 @@ class JobExecutor:
         sample.over = True
         assert entry.te is not None
         entry.te.sequences -= 1
+        entry.open_samples -= 1
         entry.request.open_samples -= 1
+        entry.request.stream.usage.completion_tokens += len(sample.ids)
         self.outstanding -= 1
         self.ended.append(now)
         self.metrics.success.labels(self.metrics.model, reason).inc()

@@ -5,7 +5,9 @@ Counters and histograms are fed as things happen; gauges are read from the TE ta
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -106,10 +108,10 @@ class Metrics:
         self.refusals = counter("request_refused", "Requests refused or failed, by cause", "cause")
         self.cancelled = counter("request_cancelled", "Requests whose client left").labels(model)
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens taken in").labels(model)
-        self.generation_tokens = counter("generation_tokens", "Tokens generated").labels(model)
+        self.tokens = TokenTally(model)
+        self.registry.register(self.tokens)
         self.replays = counter("task_replays", "Tasks started again after their TE died").labels(model)
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN)
-        self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a sequence", TOKEN)
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "A request's mean time per token after the first", TOKEN
         )
@@ -132,6 +134,32 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class TokenTally:
+    """What every token counts in: plain numbers, made into metrics when somebody scrapes. The client library's own take a lock
+    and walk all buckets for each value."""
+
+    def __init__(self, model: str):
+        self.model = model
+        self.generated = 0
+        self.gaps = [0] * (len(TOKEN) + 1)  # seconds between two tokens of a sequence: how many up to each bound, and beyond
+        self.gaps_sum = 0.0
+
+    def observe(self, gap: float, count: int) -> None:
+        """`count` tokens came `gap` seconds after the one before: a step's tokens have mostly one gap in common."""
+        self.gaps[bisect_left(TOKEN, gap)] += count
+        self.gaps_sum += gap * count
+
+    def collect(self) -> Iterable[Metric]:
+        label, values = ("model_name",), (self.model,)
+        generated = CounterMetricFamily("deepserve:generation_tokens", "Tokens generated", labels=label)
+        generated.add_metric(values, self.generated)
+        yield generated
+        gaps = HistogramMetricFamily("deepserve:inter_token_latency_seconds", "Between two tokens of a sequence", labels=label)
+        names = [*map(str, TOKEN), "+Inf"]
+        gaps.add_metric(values, list(zip(names, accumulate(self.gaps), strict=True)), self.gaps_sum)
+        yield gaps
 
 
 class TableCollector:
@@ -167,6 +195,14 @@ class TableCollector:
         )
         yield family(count, "prefix_cache_hits", "Prompt tokens found in the prefix cache", lambda te: te.load.prefix_hits)
         yield family(count, "iterations", "Steps", lambda te: te.load.steps)
+        yield family(count, "spec_decode_num_drafts", "Speculation: drafts verified", lambda te: te.load.drafts)
+        yield family(count, "spec_decode_num_draft_tokens", "Speculation: tokens drafted", lambda te: te.load.draft_tokens)
+        yield family(
+            count,
+            "spec_decode_num_accepted_tokens",
+            "Speculation: drafted tokens that were accepted",
+            lambda te: te.load.accepted_tokens,
+        )
         plain = (
             (gauge, "num_requests_held", "Tasks waiting for a TE", float(self.held())),
             (count, "te_restarts", "TEs brought up again after a death", float(self.cluster.restarts)),

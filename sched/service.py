@@ -24,7 +24,7 @@ from engine import capacity, models, native, weights
 from engine.config import Config, resolve
 from engine.devices import weight_format
 from engine.tokenizer import Tokenizer
-from engine.types import SamplingParams, UserError, checked
+from engine.types import Packing, SamplingParams, UserError, checked
 from scale import ladder, pull
 from sched.cluster import Cluster
 from sched.job import describe
@@ -291,11 +291,11 @@ def make_plan(path: Path, asked: Config) -> tuple[ladder.Plan, dict[str, str]]:
     model = models.build(checkpoint.config)
     box = capacity.machine()
     dtype = capacity.auto_dtype(box) if asked.dtype == "auto" else asked.dtype
-    size = weights.packed_size(model.weights(), dtype, weight_format("cpu", dtype, box.compiled))
+    packing = Packing(dtype, weight_format("cpu", dtype, box.compiled), asked.quantization)
+    size = weights.packed_size(checkpoint, model.weights(), packing)
     config, why = capacity.resolve(asked, model, size, box)
-    format = weight_format(config.device, config.dtype, box.compiled)
-    key = f"{path}:{config.dtype}:{format}"
-    return ladder.Plan(key, format, str(path), config, capacity.threads_for(config, box)), why
+    key = f"{path}:{packing.dtype}:{packing.format}:{packing.quantization}"
+    return ladder.Plan(key, packing, str(path), config, capacity.threads_for(config, box)), why
 
 
 def check_fits(submission: Submission, served: ServedModel) -> None:

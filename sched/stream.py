@@ -65,12 +65,14 @@ class Delta(msgspec.Struct, gc=False):
 
 class Usage(msgspec.Struct):
     prompt_tokens: int = 0  # each prompt once, however many samples
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # of the choices that have ended
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
 
 
 class Stream:
     """The deltas of one submission, in order for each choice. Complete after every choice's `finish`."""
+
+    __slots__ = ("error", "open", "prompt_logprobs", "sink", "usage", "waiting", "wake")
 
     def __init__(self, choices: int):
         self.usage = Usage()
@@ -84,12 +86,18 @@ class Stream:
     # ---- the service's side -----------------------------------------------------------------------------------------
     def feed(self, deltas: list[Delta]) -> None:
         """One step's deltas of this request."""
-        self.open -= sum(d.finish is not None for d in deltas)
-        if self.sink is not None:
-            self.sink(deltas)
-        else:
+        for delta in deltas:
+            if delta.finish is not None:
+                self.open -= 1
+        if self.sink is None:
             self.waiting += deltas
-        if self.sink is None or not self.open:
+            self.rouse()
+            return
+        try:
+            self.sink(deltas)
+        except Exception as e:  # this runs inside the callback for a whole step: what fails here is this request's alone
+            self.fail(e)
+        if not self.open:
             self.rouse()
 
     def fail(self, error: BaseException) -> None:
@@ -105,11 +113,11 @@ class Stream:
     async def run(self, sink: Callable[[list[Delta]], None]) -> None:
         """Deliver every delta to `sink` (called on the loop, must not block) until the stream is complete.
 
-        Raises what the service fails the stream with."""
+        Raises what the service fails the stream with, or what `sink` raised."""
+        self.sink = sink
         if self.waiting:
             first, self.waiting = self.waiting, []
             sink(first)
-        self.sink = sink
         while self.open and self.error is None:
             await self.pause()
         if self.error is not None:

@@ -18,6 +18,8 @@ class Detokenizer(Protocol):
 class StopStrings:
     """Finds the first of `stops` in a text that arrives in pieces."""
 
+    __slots__ = ("held", "include", "longest", "stops")
+
     def __init__(self, stops: list[str], include: bool):
         self.stops = stops
         self.include = include  # the stop string itself belongs to the output
@@ -51,17 +53,21 @@ class StopStrings:
 class Text:
     """One sample's output text as it grows."""
 
+    __slots__ = ("detokenizer", "min_tokens", "stops", "tokens")
+
     def __init__(self, detokenizer: Detokenizer, stops: list[str], include: bool, min_tokens: int):
         self.detokenizer = detokenizer
         self.stops = StopStrings(stops, include) if stops else None
         self.min_tokens = min_tokens  # stop strings count only in what comes after these
-        self.tokens = 0
+        self.tokens = 0  # counted only where there are stop strings
 
     def push(self, token: int) -> tuple[str, str | None]:
         """The text one more token makes visible, and the stop string that ends it, if any."""
-        self.tokens += 1
         piece = self.detokenizer.feed(token)
-        if self.stops is None or self.tokens <= self.min_tokens:
+        if self.stops is None:
+            return piece, None
+        self.tokens += 1
+        if self.tokens <= self.min_tokens:
             return piece, None
         return self.stops.push(piece)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.batch import Batch
+from engine.config import Speculation
 from engine.core import Core
 from engine.devices import Logprobs, StepInputs, StepOutput
 from engine.executor import Executor
@@ -134,9 +135,10 @@ class Engine:
         max_tokens: int = 32,
         max_len: int = 64,
         caching: bool = True,
+        speculation: Speculation | None = None,
     ):
         self.rtc = RTC(blocks, block_size, caching)
-        self.batch = Batch(self.rtc, max_seqs=max_seqs, max_tokens=max_tokens, max_len=max_len)
+        self.batch = Batch(self.rtc, max_seqs=max_seqs, max_tokens=max_tokens, max_len=max_len, speculation=speculation)
         self.device = FakeDevice(blocks, block_size)
         self.executor = Executor(self.device, FakeModel(), None, self.batch.tables, block_size, max_tokens)  # type: ignore[arg-type]
         self.told: list[FromWorker] = []

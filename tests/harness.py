@@ -12,6 +12,7 @@ from engine import models, weights
 from engine.devices import SamplingRows, SlotSetup, StepInputs, StepOutput
 from engine.devices.cpu import CpuDevice
 from engine.devices.cpu_native import NativeCpuDevice
+from engine.types import Packing, Quantization
 
 Part = tuple[Sequence[int], int, int]  # (all ids of a sequence, first to compute, how many)
 
@@ -44,7 +45,7 @@ def rows(count: int, **columns: object) -> SamplingRows:
 class Rig:
     """One model on a cpu device with a small paged cache, sequences in tables of shuffled blocks.
 
-    `native`: the compiled kernels (bfloat16) on so many threads; None: the reference operators."""
+    `native`: the compiled kernels (bfloat16, and what `quantization` says) on so many threads; None: the reference operators."""
 
     def __init__(
         self,
@@ -56,21 +57,19 @@ class Rig:
         max_len: int = 256,
         seed: int = 0,
         native: int | None = None,
+        quantization: Quantization = "auto",
     ):
+        self.block_size = block_size if native is None else 16  # the compiled kernels' smallest
         checkpoint = weights.open_checkpoint(path)
         self.model = models.build(checkpoint.config)
         self.device = CpuDevice(dtype, threads=1) if native is None else NativeCpuDevice(native)
         fd = os.memfd_create("weights")
-        format, dtype = ("rows", dtype) if native is None else ("panels", "bfloat16")
-        manifest = weights.pack(checkpoint, self.model.weights(), dtype, fd, format)
-        mapped = weights.map_slabs(manifest, [fd])
+        packing = Packing(dtype) if native is None else Packing("bfloat16", "panels", quantization)
+        mapped = weights.map_slabs(weights.pack(checkpoint, self.model.weights(), packing, fd), [fd])
         os.close(fd)
-        self.model.bind(
-            self.device, {e.name: self.device.weight(mapped[e.name], e.dtype, e.shape) for e in manifest.entries}, max_len
-        )
-        self.kv = self.device.kv_cache(self.model.layers, blocks, block_size, self.model.kv_heads, self.model.head_dim)
+        self.model.bind(self.device, {name: self.device.weight(parts) for name, parts in mapped.items()}, max_len)
+        self.kv = self.device.kv_cache(self.model.layers, blocks, self.block_size, self.model.kv_heads, self.model.head_dim)
         self.device.configure(vocab=self.model.vocab, slots=64, tokens=1024)
-        self.block_size = block_size
         self.free = np.random.default_rng(seed).permutation(blocks).tolist()
 
     def table(self, tokens: int) -> list[int]:

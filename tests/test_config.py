@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import Config, field_help, parse_size, resolve
+from engine.config import Config, Speculation, field_help, parse_size, resolve
 from engine.types import SamplingParams, UserError, checked, pack_ids, unpack_ids
 
 
@@ -28,6 +28,34 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
 def test_a_wrong_value_is_named(flags, says):
     with pytest.raises(UserError, match=says):
         resolve(flags)
+
+
+def test_speculation_is_read_from_json_and_from_a_table(tmp_path):
+    flag = '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}'
+    want = Speculation(num_speculative_tokens=5, prompt_lookup_max=3, prompt_lookup_min=1)
+    assert resolve({"speculative_config": flag})[0].speculative_config == want
+    (tmp_path / "a.toml").write_text(
+        "[speculative-config]\nnum_speculative_tokens = 5\nprompt_lookup_max = 3\nprompt_lookup_min = 1"
+    )
+    assert resolve({}, tmp_path / "a.toml")[0].speculative_config == want
+    assert resolve({})[0].speculative_config is None
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("ngram", "not JSON"),
+        ("[]", "object"),
+        ('{"method": "eagle"}', "'eagle' isn't there; the only one is \"ngram\""),
+        ('{"num_speculative_tokens": 0}', "num_speculative_tokens"),
+        ('{"prompt_lookup_max": 1}', "prompt_lookup_min = 2 is more than prompt_lookup_max = 1"),
+        ('{"draft_model": "x"}', "draft_model"),
+    ],
+)
+def test_a_wrong_speculation_is_named(value, says):
+    with pytest.raises(UserError, match=says) as caught:
+        resolve({"speculative_config": value})
+    assert caught.value.param == "speculative_config"
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 from engine.devices import open_device, torch_ops
 from engine.devices.cpu import CpuDevice
+from engine.models import WeightPart
 from engine.types import OutOfMemory, UserError
 from tests import tiny
 from tests.harness import Rig, rows, setup
@@ -241,7 +242,7 @@ def test_a_weight_is_a_view_of_read_only_memory(device, dtype, stored):
     gone = weakref.ref(mapping)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        weight = device.weight(memoryview(mapping)[4096 : 4096 + 24 * writer.itemsize], dtype, (4, 6))
+        weight = device.weight([WeightPart(memoryview(mapping)[4096 : 4096 + 24 * writer.itemsize], dtype, (4, 6))])
     del mapping
     assert weight.shape == (4, 6) and weight.dtype == getattr(torch, dtype) and not weight.any()
     writer[4096 // writer.itemsize + 7] = 1 if dtype == "float32" else 0x3F80

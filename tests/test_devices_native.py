@@ -45,16 +45,18 @@ def test_logits_are_close_to_the_float32_reference(folders, name):
     assert 0 < off(native) < 1.05 * off(torch_bf16)
 
 
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_sequence_does_not_see_its_batch(folders, name):
-    """Bit-equal logits: alone and whole; chunked at random points beside others that come and go; on one thread and on two."""
+def test_a_sequence_does_not_see_its_batch(folders, name, quantization):
+    """Bit-equal logits: alone and whole; chunked at random points beside others that come and go (up to 63); on one thread and
+    on two."""
     rng = np.random.default_rng(7)
-    texts = [ids_of(int(n), i) for i, n in enumerate(rng.integers(20, 70, 9))]
+    texts = [ids_of(int(n), i) for i, n in enumerate(rng.integers(20, 70, 64 if name == "llama" else 9))]
     alone = []
     for text in texts:
-        rig = Rig(folders[name], native=1)
+        rig = Rig(folders[name], native=1, quantization=quantization)
         alone.append(rig.logits([(text, 0, len(text))], [rig.table(len(text))]))
-    rig = Rig(folders[name], native=2, blocks=256, seed=3)
+    rig = Rig(folders[name], native=2, blocks=512, seed=3, quantization=quantization)
     tables = [rig.table(len(t)) for t in texts]
     done = [0] * len(texts)
     while any(d < len(t) for d, t in zip(done, texts, strict=True)):
@@ -73,6 +75,17 @@ def test_a_sequence_does_not_see_its_batch(folders, name):
             assert np.array_equal(logits[at : at + count], alone[i][start : start + count]), (i, start, count)
             at += count
             done[i] += count
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_int8_is_near_bfloat16(folders, name):
+    ids = ids_of(60, 1)
+    rigs = Rig(folders[name], native=1, quantization="int8"), Rig(folders[name], native=1), Rig(folders[name], dtype="float32")
+    int8, bf16, want = (rig.logits([(ids, 0, 60)], [rig.table(60)]) for rig in rigs)
+    spread = want.std()
+    assert (
+        not np.array_equal(int8, bf16) and np.sqrt(((int8 - want) ** 2).mean()) < 0.1 * spread
+    )  # random weights amplify every rounding; an error of indexing gives more than 1
 
 
 def test_greedy_text_on_both_devices(folders):

@@ -441,7 +441,7 @@ def test_a_fault_in_writing_one_stream_is_that_streams_alone(
 
     async def run(rig: Rig) -> None:
         with monkeypatch.context() as m:
-            m.setattr(shapes.Chat, "logprobs", broken)
+            m.setattr(shapes.Chat, "chunks", broken)
             stream = await rig.ai.chat.completions.create(model="tiny", messages=HI, stream=True)
             with pytest.raises(openai.APIError, match="internal error"):
                 await anext(aiter(stream))

@@ -228,3 +228,45 @@ def test_load_goes_to_the_idler_te():
     for i in range(6):
         s.submit(str(i))
     assert [te.sequences for te in s.tes] == [3, 3]
+
+
+@run
+def test_a_sequence_may_speak_several_times_in_a_step():
+    s = Scene()
+    live, got = s.submit(max_tokens=3)
+    seq = sequence_id(s.tes[0].sent[0].task, 0)
+    s.speak(s.tes[0], [(seq, 65, 0), (seq, 66, 0), (seq, 67, Finish.LENGTH)], first=(seq,))
+    assert "".join(d.text for d in got) == "ABC" and got[-1].finish == "length"
+    assert live.stream.usage.completion_tokens == 3 and live.record.life.state == "done"
+
+
+@run
+def test_a_sink_that_fails_leaves_the_others_of_the_step_alone():
+    s = Scene()
+    seqs = []
+    for name in "ab":
+        live, got = s.submit(name, max_tokens=9)
+        seqs.append(sequence_id(s.tes[0].sent[-1].task, 0))
+        if name == "a":
+            bad = live
+            live.stream.sink = lambda deltas: 1 / 0  # type: ignore[assignment, return-value]
+    s.speak(s.tes[0], [(seqs[0], 65, 0), (seqs[1], 66, 0)])
+    assert isinstance(bad.stream.error, ZeroDivisionError) and [d.text for d in got] == ["B"]
+
+
+@run
+def test_tokens_and_the_gaps_between_them_are_counted():
+    s = Scene()
+    s.submit(n=2, max_tokens=9)
+    a, b = (sequence_id(s.tes[0].sent[0].task, i) for i in range(2))
+    s.speak(s.tes[0], [(a, 65, 0), (b, 65, 0)])
+    s.now += 0.04
+    s.speak(s.tes[0], [(a, 66, 0), (b, 66, 0)])
+    s.now += 200.0
+    s.speak(s.tes[0], [(b, 67, 0)])
+    value = s.je.metrics.registry.get_sample_value
+    named, stem = {"model_name": "m"}, "deepserve:inter_token_latency_seconds"
+    assert value("deepserve:generation_tokens_total", named) == 5
+    assert value(f"{stem}_count", named) == 3 and value(f"{stem}_sum", named) == pytest.approx(200.08)
+    buckets = [value(f"{stem}_bucket", named | {"le": le}) for le in ("0.025", "0.05", "80.0", "+Inf")]
+    assert buckets == [0, 2, 2, 3]

@@ -37,8 +37,8 @@ def aligned(count: int, dtype: type) -> np.ndarray:
 def pack(bits: np.ndarray) -> np.ndarray:
     n, k = bits.shape
     bits = np.ascontiguousarray(bits)
-    packed = aligned(cpu.packed_bytes(n, k) // 2, np.uint16)
-    cpu.pack_bf16(packed.ctypes.data, bits.ctypes.data, n, k, is_float=False)
+    packed = aligned(cpu.packed_bytes("bfloat16", n, k) // 2, np.uint16)
+    cpu.pack("bfloat16", packed.ctypes.data, bits.ctypes.data, n, k)
     return packed
 
 
@@ -119,7 +119,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 def test_structs_are_as_long_as_in_c() -> None:
     """The offsets that C gives cpu.h's structs on 64-bit machines."""
     assert (ctypes.sizeof(cpu.Op), cpu.Op.n.offset, cpu.Op.f.offset) == (104, 48, 96)
-    assert (ctypes.sizeof(cpu.Step), cpu.Step.ids.offset, cpu.Step.cos_sin.offset) == (88, 24, 80)
+    assert (ctypes.sizeof(cpu.Step), cpu.Step.ids.offset, cpu.Step.cos_sin.offset) == (104, 24, 96)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def packed_by_hand(bits: np.ndarray) -> np.ndarray:
 def test_pack(n: int, k: int) -> None:
     rng = np.random.default_rng(n * 1000 + k)
     bits = rng.integers(0, 1 << 16, (n, k), dtype=np.uint16)
-    assert pack(bits).size * 2 == cpu.packed_bytes(n, k)
+    assert pack(bits).size * 2 == cpu.packed_bytes("bfloat16", n, k)
     assert np.array_equal(pack(bits), packed_by_hand(bits))
 
 
@@ -145,15 +145,15 @@ def test_pack_rounds_float32_to_nearest_even() -> None:
     values = rng.standard_normal((33, 45)).astype(np.float32)
     ties = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0xFF800000, 0x00000001, 0x80008000], np.uint32).view(np.float32)
     values[0, :6] = ties
-    packed = np.full(cpu.packed_bytes(33, 45) // 2, 0xFFFF, np.uint16)
-    cpu.pack_bf16(packed.ctypes.data, values.ctypes.data, 33, 45, is_float=True)
+    packed = np.full(cpu.packed_bytes("bfloat16", 33, 45) // 2, 0xFFFF, np.uint16)
+    cpu.pack("bfloat16", packed.ctypes.data, values.ctypes.data, 33, 45, is_float=True)
     assert np.array_equal(packed, packed_by_hand(bf16(values)))
 
 
 def test_pack_keeps_nan() -> None:
     values = np.array([0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)  # signalling; all ones
-    packed = np.zeros(cpu.packed_bytes(1, 2) // 2, np.uint16)
-    cpu.pack_bf16(packed.ctypes.data, values.ctypes.data, 1, 2, is_float=True)
+    packed = np.zeros(cpu.packed_bytes("bfloat16", 1, 2) // 2, np.uint16)
+    cpu.pack("bfloat16", packed.ctypes.data, values.ctypes.data, 1, 2, is_float=True)
     assert np.isnan(widen(packed[:2])).all()
 
 
@@ -162,9 +162,9 @@ def test_pack_by_ranges_and_from_an_odd_address() -> None:
     n, k = 40, 21
     bits = rng.integers(0, 1 << 16, (n, k), dtype=np.uint16)
     moved = np.frombuffer(b"x" + bits.tobytes(), np.uint8)  # as inside a file
-    packed = np.full(cpu.packed_bytes(n, k) // 2, 0xFFFF, np.uint16)
+    packed = np.full(cpu.packed_bytes("bfloat16", n, k) // 2, 0xFFFF, np.uint16)
     for first, last in ((32, 40), (0, 16), (16, 32)):
-        cpu.pack_bf16(packed.ctypes.data, moved.ctypes.data + 1, n, k, is_float=False, first=first, last=last)
+        cpu.pack("bfloat16", packed.ctypes.data, moved.ctypes.data + 1, n, k, first=first, last=last)
     assert np.array_equal(packed, packed_by_hand(bits))
 
 
@@ -286,6 +286,26 @@ def test_operators_run_in_order_thousands_of_times(threads: int) -> None:
     team.close()
 
 
+def test_launched_programs_wait_for_their_turn() -> None:
+    """More than the queue holds, each starting from what the one before left; then out of order waits."""
+    team = cpu.Team(2)
+    n, many = 32, 40
+    buffers = aligned((many + 1) * n, np.float32).reshape(many + 1, n)
+    double = np.zeros((n, 2 * n), np.float32)
+    double[np.arange(n), 2 * np.arange(n) + 1] = 2  # the odd half of each float is its upper one
+    packed, step = pack(bf16(double)), cpu.Step(tokens=1)
+    programs = [(cpu.Op * 1)(linear_op(buffers[i + 1], buffers[i], packed, n, 2 * n)) for i in range(many)]
+    for _ in range(50):
+        buffers[0], buffers[1:] = 1, 0
+        tickets = [team.launch(program, step) for program in programs]
+        team.wait(tickets[7])
+        assert (buffers[8] == 2.0**8).all()
+        team.wait(tickets[-1])
+        team.wait(tickets[3])
+        assert (buffers[many] == 2.0**many).all()
+    team.close()
+
+
 def test_no_wake_up_is_lost() -> None:
     """Runs at every distance from the moment at which idle threads go to sleep."""
     team = cpu.Team(3)
@@ -329,7 +349,7 @@ def test_threads_end_with_the_team() -> None:
 
     before = threads()
     team = cpu.Team(4, cores=[min(os.sched_getaffinity(0))] * 4)
-    assert threads() == before + 3
+    assert threads() == before + 4
     team.close()
     team.close()
     assert threads() == before

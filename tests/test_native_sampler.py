@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.devices import SamplingRows, SlotSetup
-from engine.devices.native_sampler import NativeSampler
+from engine.devices.native_sampler import NativeSampler, Sampling
 from engine.devices.torch_sampler import Sampler, logprobs_where_asked
 from engine.native import cpu
 from tests.harness import rows
@@ -26,9 +26,10 @@ def team(request):
 
 def sample(team: cpu.Team, sampler: NativeSampler, logits: np.ndarray, asked: SamplingRows):
     """One native call; the logits stay as they are."""
-    answer = sampler.ask(asked)
+    struct = Sampling()
+    answer = sampler.ask(struct, asked)
     before = logits.copy()
-    op = cpu.Op(kind=cpu.SAMPLE, sampled=1, x=logits.ctypes.data, w=ctypes.addressof(sampler.sampled), n=logits.shape[1])
+    op = cpu.Op(kind=cpu.SAMPLE, sampled=1, x=logits.ctypes.data, w=ctypes.addressof(struct), n=logits.shape[1])
     team.run((cpu.Op * 1)(op), cpu.Step(sampled=len(logits)))
     assert np.array_equal(logits, before)
     return answer
@@ -103,10 +104,3 @@ def test_an_id_does_not_depend_on_its_company(team):
     for i in range(COUNT):
         one = SamplingRows(**{name: getattr(asked, name)[i : i + 1] for name in SamplingRows.__slots__})
         assert sample(team, NativeSampler(VOCAB, COUNT), logits[i : i + 1].copy(), one).ids[0] == together[i]
-
-
-def test_feed_takes_the_last_id_of_a_slot():
-    sampler = NativeSampler(VOCAB, 4)
-    sampler.last[:] = [10, 11, 12, 13]
-    fed = sampler.resolve(np.array([1, 2, 3], np.int32), np.array([-1, 2, 0], np.int32))
-    assert fed.tolist() == [1, 12, 10] and fed.dtype == np.int32

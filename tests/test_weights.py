@@ -14,9 +14,20 @@ import torch
 from safetensors.torch import save_file
 
 from engine import native
-from engine.models import WeightSpec
-from engine.types import UserError
-from engine.weights import SLAB_ALIGN, TENSOR_ALIGN, Manifest, map_slabs, open_checkpoint, pack, packed_size, round_to_bfloat16
+from engine.models import WeightPart, WeightSpec
+from engine.native import cpu
+from engine.types import Packing, Quantization, UserError
+from engine.weights import (
+    SLAB_ALIGN,
+    TENSOR_ALIGN,
+    Manifest,
+    map_slabs,
+    open_checkpoint,
+    pack,
+    packed_kind,
+    packed_size,
+    round_to_bfloat16,
+)
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 5, "tie_word_embeddings": True}
 
@@ -173,6 +184,34 @@ def test_gguf_has_hugging_faces_names_and_row_order(tmp_path: Path, arch: str) -
     assert opened.config["num_key_value_heads"] == 2
 
 
+def test_what_a_gguf_stores_quantised_is_packed_as_it_is(tmp_path: Path, slab: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows in Hugging Face's order, and a matrix of parts where its sources are stored differently."""
+    q, k, bias = tensor(64, 64, seed=1).numpy(), tensor(32, 64, seed=2).numpy(), tensor(64, seed=3).numpy()
+    opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", interleave(q, 4), interleave(k, 2), interleave(bias, 4)))
+    prefix = "model.layers.0.self_attn"
+    specs = [WeightSpec("qk", (96, 64), (f"{prefix}.q_proj.weight", f"{prefix}.k_proj.weight"))]
+    want = np.empty((64, 64), np.float32)
+    opened.read_into(f"{prefix}.q_proj.weight", want)
+
+    def parts(quantization: Quantization) -> list[WeightPart]:
+        return map_slabs(pack(opened, specs, Packing("bfloat16", "panels", quantization), slab), [slab])["qk"]
+
+    first, second = parts("auto")
+    assert (first.dtype, first.shape, second.dtype, second.shape) == ("q8_0", (64, 64), "bfloat16", (32, 64))
+    ids, rows = np.arange(64, dtype=np.int32), np.empty((64, 64), np.float32)
+    team = cpu.Team(1)
+    at = np.frombuffer(first.data, np.uint8).ctypes.data
+    op = cpu.Op(kind=cpu.EMBED, out=rows.ctypes.data, w=at, n=64, i=(cpu.WEIGHT_KINDS["q8_0"],))
+    team.run((cpu.Op * 1)(op), cpu.Step(tokens=64, ids=ids.ctypes.data))
+    team.close()
+    assert np.array_equal(rows, want)
+    assert [p.dtype for p in parts("int8")] == ["q8_0", "int8"]
+    (whole,) = parts("none")
+    assert (whole.dtype, whole.shape) == ("bfloat16", (96, 64))
+    assert packed_kind("Q5_K", True, Packing("bfloat16", "panels")) == "int8", "no kernel of its own"
+    assert packed_kind("F16", False, Packing("bfloat16", "panels", "int8")) == "bfloat16", "only looked up"
+
+
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 SPECS = [
@@ -190,41 +229,43 @@ def parts() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pack_and_map(tmp_path: Path, slab: int, dtype: str) -> None:
     tensors = parts()
-    packed = pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, dtype, slab)
+    opened = open_checkpoint(folder(tmp_path, tensors))
+    packed = pack(opened, SPECS, Packing(dtype), slab)
     manifest = msgspec.msgpack.decode(msgspec.msgpack.encode(packed), type=Manifest)
     assert manifest == packed
     assert [e.name for e in manifest.entries] == ["embed", "qkv", "norm"]
     assert manifest.nbytes == sum(manifest.slabs) == os.fstat(slab).st_size
-    assert manifest.nbytes % SLAB_ALIGN == 0 and manifest.nbytes == packed_size(SPECS, dtype)
+    assert manifest.nbytes % SLAB_ALIGN == 0 and manifest.nbytes == packed_size(opened, SPECS, Packing(dtype))
     views = map_slabs(manifest, [slab])
     end = 0
     for entry in manifest.entries:
-        view = views[entry.name]
+        (part,) = views[entry.name]
+        view = part.data
         assert view.readonly and view.nbytes == entry.nbytes and entry.offset % TENSOR_ALIGN == 0 and entry.offset >= end
         assert native.checksum(view) == entry.checksum and entry.format == "rows"
         end = entry.offset + entry.nbytes
     assert [e.dtype for e in manifest.entries] == [dtype, dtype, "float32"]
     qkv = torch.cat([tensors["q"], tensors["k"], tensors["v"]])
     want = qkv.numpy() if dtype == "float32" else bits(qkv)
-    assert np.array_equal(np.frombuffer(views["qkv"], want.dtype).reshape(40, 16), want)
-    assert np.array_equal(np.frombuffer(views["norm"], np.float32), tensors["norm"].numpy())
+    assert np.array_equal(np.frombuffer(views["qkv"][0].data, want.dtype).reshape(40, 16), want)
+    assert np.array_equal(np.frombuffer(views["norm"][0].data, np.float32), tensors["norm"].numpy())
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path, slab: int) -> None:
     tensors = parts()
     del tensors["norm"]
     with pytest.raises(UserError, match="has no tensor norm"):
-        pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, "float32", slab)
+        pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, Packing("float32"), slab)
     tensors = parts() | {"k": tensor(4, 16)}
     with pytest.raises(UserError, match=r"q \+ k \+ v has shape \[24, 16\] \+ \[4, 16\] \+ \[8, 16\]; .* asks for \[40, 16\]"):
-        pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, "float32", slab)
+        pack(open_checkpoint(folder(tmp_path, tensors)), SPECS, Packing("float32"), slab)
 
 
 def test_unused_tensors_are_reported(tmp_path: Path, slab: int, caplog: pytest.LogCaptureFixture) -> None:
     extra = {"lm_head.weight": tensor(9, 16), "model.layers.0.self_attn.rotary_emb.inv_freq": tensor(4)}
     with caplog.at_level(logging.WARNING):
-        pack(open_checkpoint(folder(tmp_path, parts() | extra)), SPECS, "float32", slab)
+        pack(open_checkpoint(folder(tmp_path, parts() | extra)), SPECS, Packing("float32"), slab)
     assert not caplog.records  # a repeated tied embedding and rope tables are no surprise
     with caplog.at_level(logging.WARNING):
-        pack(open_checkpoint(folder(tmp_path, parts() | {"odd": tensor(3)})), SPECS, "float32", slab)
+        pack(open_checkpoint(folder(tmp_path, parts() | {"odd": tensor(3)})), SPECS, Packing("float32"), slab)
     assert "unused_tensors" in caplog.text and "tensors=odd" in caplog.text

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.models import WeightPart
 from engine.types import UserError, WeightFormat
 
 Tensor = Any  # opaque outside this folder
@@ -127,10 +128,8 @@ class Device(Protocol):
     block_size: int  # tokens a KV block holds unless the Config says otherwise
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
-        """A packed weight as the device reads it; on cpu a view of `data`, which must outlive it.
-
-        dtype is "float32" or "bfloat16"."""
+    def weight(self, parts: Sequence[WeightPart]) -> Tensor:
+        """A packed weight as the device reads it; on cpu a view of the parts' data, which must outlive it."""
         ...
 
     def constant(self, array: np.ndarray) -> Tensor:
@@ -165,8 +164,9 @@ class Device(Protocol):
         """residual += x, then out = rms_norm(residual)."""
         ...
 
-    def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        """out = x @ weight.T + bias; weight [N, K]."""
+    def linear(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, sensitive: bool = False) -> None:
+        """out = x @ weight.T + bias; weight [N, K]. `sensitive`: what comes of it goes through an exponential, so a device that
+        rounds x for quantised weights does it more finely here."""
         ...
 
     def head_norm(self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, kv_heads: int, eps: float) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.devices import Forward, StepInputs, StepOutput, StepView, torch_ops
 from engine.devices.torch_sampler import Sampler, indices, logprobs, logprobs_where_asked
+from engine.models import WeightPart
 from engine.types import OutOfMemory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,8 +45,9 @@ class CpuDevice:
         self._worker: ThreadPoolExecutor | None = None
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
-        return over(data, DTYPES[dtype]).view(*shape)
+    def weight(self, parts: Sequence[WeightPart]) -> Tensor:
+        (part,) = parts  # row-major matrices are of one dtype
+        return over(part.data, DTYPES[part.dtype]).view(*part.shape)
 
     def constant(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))

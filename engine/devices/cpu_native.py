@@ -12,7 +12,6 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -20,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from engine.devices import Forward, StepInputs, StepOutput, StepView
-from engine.devices.native_sampler import NativeSampler
+from engine.devices.native_sampler import Answer, NativeSampler, Sampling
+from engine.models import WeightPart
 from engine.native import cpu
 from engine.types import OutOfMemory, UserError
 
+KV_GROUP = 16  # native/cpu/cpu.h: tokens that lie together in the cache
 LARGEST_VOCABULARY = (4 << 20) // 12  # native/cpu/sample.inc.h: three rows of logits fit a thread's scratch
 
 
@@ -35,12 +36,16 @@ class Rows(IntEnum):
 
 
 @dataclass(slots=True, frozen=True)
-class Matrix:
-    """A packed weight or a float32 vector."""
+class Weight:
+    """A packed matrix, in one part or several one under another, or a float32 vector."""
 
-    address: int
-    shape: tuple[int, ...]
-    owner: Any  # keeps the memory
+    parts: Sequence[WeightPart]  # keep the memory
+
+    @property
+    def address(self) -> int:
+        """Of a weight in one part."""
+        (part,) = self.parts
+        return address_of(part.data)
 
 
 @dataclass(slots=True)
@@ -55,7 +60,7 @@ class Buffer:
 
 
 class NativeKVCache:
-    """K and V of every layer, bfloat16, in one memfd; pages are committed when first touched."""
+    """K and V of every layer, bfloat16 in the kernels' layout, in one memfd; pages are committed when first touched."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.nbytes = int(np.prod(shape)) * 2
@@ -75,6 +80,33 @@ class NativeKVCache:
         return self._layers[index]
 
 
+@dataclass(slots=True)
+class Frame:
+    """What one launched step needs of its own: the program with its sampling structs, and what they point to. Two take
+    turns, so that a step can be described while the one before it runs."""
+
+    ops: Any  # the program as a C array
+    sampled: Sampling
+    scored: Sampling
+    step: cpu.Step | None = None
+    ticket: int = -1  # of the newest step launched from it
+    kept: tuple[Any, ...] = ()
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step in the team's queue."""
+
+    team: cpu.Team
+    ticket: int
+    sampled: Answer
+    scored: Answer
+
+    def result(self) -> StepOutput:
+        self.team.wait(self.ticket)
+        return StepOutput(self.sampled.ids, self.sampled.logprobs, self.scored.logprobs)
+
+
 class NativeCpuDevice:
     name = "cpu"
     block_size = 16
@@ -84,20 +116,20 @@ class NativeCpuDevice:
         self.memory: dict[str, mmap.mmap] = {}
         self.buffers: dict[tuple[str, Rows], Buffer] = {}
         self.program: list[cpu.Op] | None = None
-        self.compiled: Any = None  # the program as a C array
+        self.frames: list[Frame] = []  # the next to be used first
         self.logits = 0  # address
         self.cos_sin: np.ndarray | None = None
         self.team: cpu.Team | None = None
-        self._worker: ThreadPoolExecutor | None = None
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-    def weight(self, data: memoryview, dtype: str, shape: Sequence[int]) -> Matrix:
-        return Matrix(address_of(data), tuple(shape), data)
+    def weight(self, parts: Sequence[WeightPart]) -> Weight:
+        return Weight(parts)
 
     def constant(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array)
 
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> NativeKVCache:
+        assert block_size % KV_GROUP == 0, "capacity.resolve lets no other through"
         self.kv_block = block_size
         return NativeKVCache((layers, 2, blocks, block_size, kv_heads, head_dim))
 
@@ -129,10 +161,43 @@ class NativeCpuDevice:
         return address_of(self.memory[name])
 
     # ---- execution --------------------------------------------------------------------------------------------------
-    def launch(self, forward: Forward, step: StepInputs) -> Future[StepOutput]:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "cpu-device")
-        return self._worker.submit(self.run, forward, step)
+    def launch(self, forward: Forward, step: StepInputs) -> Launched:
+        if self.program is None:
+            self.record(forward)
+        assert self.cos_sin is not None and self.team is not None
+        frame, other = self.frames
+        self.frames = [other, frame]
+        if frame.ticket >= 0:
+            self.team.wait(frame.ticket)
+        if step.setups and other.ticket >= 0:
+            self.team.wait(other.ticket)  # it may sample in a slot that now gets another owner
+        sampler = self.sampler
+        for setup in step.setups:
+            sampler.set_up(setup)
+        sampled = sampler.ask(frame.sampled, step.sampling)
+        scored = sampler.ask_scores(frame.scored, step.score_ids, step.score_top)
+        frame.ops[-1].x = self.logits + len(step.sampling.slot) * sampler.vocab * 4  # scored rows come after sampled ones
+        blocks = np.ascontiguousarray(step.blocks)
+        frame.kept = (step, blocks, sampled, scored)
+        frame.step = cpu.Step(
+            tokens=len(step.ids),
+            sequences=len(step.kv_len),
+            sampled=len(step.rows),
+            block_size=self.kv_block,
+            table_width=blocks.shape[1],
+            ids=pointer(step.ids),
+            positions=pointer(step.positions),
+            kv_slots=pointer(step.kv_slots),
+            feed=pointer(step.feed),
+            last=pointer(sampler.last),
+            q_start=pointer(step.q_start),
+            kv_len=pointer(step.kv_len),
+            blocks=pointer(blocks),
+            rows=pointer(step.rows),
+            cos_sin=pointer(self.cos_sin),
+        )
+        frame.ticket = self.team.launch(frame.ops, frame.step)
+        return Launched(self.team, frame.ticket, sampled, scored)
 
     def record(self, forward: Forward) -> None:
         """Run `forward` once over names instead of numbers."""
@@ -140,54 +205,24 @@ class NativeCpuDevice:
         logits = forward(self, StepView(Rows.TOKENS, Rows.SAMPLED, None, None, None, None, None))
         assert isinstance(logits, Buffer)
         self.logits = self.full(logits)
-        for kind, struct in ((cpu.SAMPLE, self.sampler.sampled), (cpu.SCORE, self.sampler.scored)):
-            self.add(kind, Rows.SAMPLED, x=self.logits, w=ctypes.addressof(struct), n=logits.width)
-        self.compiled = (cpu.Op * len(self.program))(*self.program)
+        for _ in range(2):
+            sampled, scored = Sampling(), Sampling()
+            last = [
+                cpu.Op(kind=kind, sampled=Rows.SAMPLED, x=self.logits, w=ctypes.addressof(struct), n=logits.width)
+                for kind, struct in ((cpu.SAMPLE, sampled), (cpu.SCORE, scored))
+            ]
+            self.frames.append(Frame((cpu.Op * (len(self.program) + 2))(*self.program, *last), sampled, scored))
         self.team = cpu.Team(self.threads)
-
-    def run(self, forward: Forward, step: StepInputs) -> StepOutput:
-        """One step from ids to ids."""
-        if self.program is None:
-            self.record(forward)
-        sampler = self.sampler
-        for setup in step.setups:
-            sampler.set_up(setup)
-        ids = sampler.resolve(step.ids, step.feed)
-        sampled, scored = sampler.ask(step.sampling), sampler.ask_scores(step.score_ids, step.score_top)
-        self.compiled[-1].x = self.logits + len(step.sampling.slot) * sampler.vocab * 4  # scored rows come after sampled ones
-        self.execute(step, ids)
-        return StepOutput(sampled.ids, sampled.logprobs, scored.logprobs)
-
-    def execute(self, step: StepInputs, ids: np.ndarray) -> None:
-        assert self.cos_sin is not None and self.team is not None
-        blocks = np.ascontiguousarray(step.blocks)
-        self.team.run(
-            self.compiled,
-            cpu.Step(
-                tokens=len(ids),
-                sequences=len(step.kv_len),
-                sampled=len(step.rows),
-                block_size=self.kv_block,
-                table_width=blocks.shape[1],
-                ids=pointer(ids),
-                positions=pointer(step.positions),
-                kv_slots=pointer(step.kv_slots),
-                q_start=pointer(step.q_start),
-                kv_len=pointer(step.kv_len),
-                blocks=pointer(blocks),
-                rows=pointer(step.rows),
-                cos_sin=pointer(self.cos_sin),
-            ),
-        )
 
     def close(self) -> None:
         """Wait for launched steps and end the threads."""
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
-        if self.team is not None:
-            self.team.close()
-            self.team = None
+        if self.team is None:
+            return
+        for frame in self.frames:
+            if frame.ticket >= 0:
+                self.team.wait(frame.ticket)
+        self.team.close()
+        self.team = None
 
     # ---- operators: each appends itself to the program ------------------------------------------------------------------
     def add(self, kind: int, rows: Rows, **fields: Any) -> None:
@@ -195,25 +230,30 @@ class NativeCpuDevice:
         integers = fields.pop("i", ())
         self.program.append(cpu.Op(kind=kind, sampled=rows, i=(ctypes.c_int64 * 4)(*integers), **fields))
 
-    def embed(self, out: Buffer, table: Matrix, ids: None) -> None:
-        self.add(cpu.EMBED, out.rows, out=self.full(out), w=table.address, n=out.width)
+    def embed(self, out: Buffer, table: Weight, ids: None) -> None:
+        kind = cpu.WEIGHT_KINDS[table.parts[0].dtype]
+        self.add(cpu.EMBED, out.rows, out=self.full(out), w=table.address, n=out.width, i=(kind,))
 
-    def rms_norm(self, out: Buffer, x: Buffer, weight: Matrix, eps: float) -> None:
+    def rms_norm(self, out: Buffer, x: Buffer, weight: Weight, eps: float) -> None:
         self.norm(out, x, 0, weight, eps)
 
-    def add_rms_norm(self, out: Buffer, residual: Buffer, x: Buffer, weight: Matrix, eps: float) -> None:
+    def add_rms_norm(self, out: Buffer, residual: Buffer, x: Buffer, weight: Weight, eps: float) -> None:
         self.norm(out, residual, self.full(x), weight, eps)
 
-    def norm(self, out: Buffer, x: Buffer, added: int, weight: Matrix, eps: float) -> None:
+    def norm(self, out: Buffer, x: Buffer, added: int, weight: Weight, eps: float) -> None:
         f = (ctypes.c_float * 2)(eps)
         self.add(cpu.RMS_NORM, out.rows, out=self.half(out), x=self.full(x), y=added, w=weight.address, n=out.width, f=f)
 
-    def linear(self, out: Buffer, x: Buffer, weight: Matrix, bias: Matrix | None = None) -> None:
-        n, k = weight.shape
-        at = bias.address if bias is not None else 0
-        self.add(cpu.LINEAR, out.rows, out=self.full(out), x=self.half(x), w=weight.address, b=at, n=n, k=k)
+    def linear(self, out: Buffer, x: Buffer, weight: Weight, bias: Weight | None = None, sensitive: bool = False) -> None:
+        to, added = self.full(out), bias.address if bias is not None else 0
+        for part in weight.parts:
+            n, k = part.shape
+            i = (cpu.WEIGHT_KINDS[part.dtype], out.width, sensitive)
+            self.add(cpu.LINEAR, out.rows, out=to, x=self.half(x), w=address_of(part.data), b=added, n=n, k=k, i=i)
+            to += 4 * n
+            added += 4 * n if added else 0
 
-    def head_norm(self, qkv: Buffer, q_weight: Matrix, k_weight: Matrix, heads: int, kv_heads: int, eps: float) -> None:
+    def head_norm(self, qkv: Buffer, q_weight: Weight, k_weight: Weight, heads: int, kv_heads: int, eps: float) -> None:
         dim = qkv.width // (heads + 2 * kv_heads)
         f = (ctypes.c_float * 2)(eps)
         self.add(cpu.HEAD_NORM, qkv.rows, x=self.full(qkv), w=q_weight.address, y=k_weight.address, i=(heads, kv_heads, dim), f=f)

@@ -66,21 +66,18 @@ class Answer:
 
 
 class NativeSampler:
-    """State of every slot, and the two structs (`sampled`, `scored`) that a program's last two operators point to."""
+    """State of every slot, and what a step's two sampling structs say (`Sampling`: a program's last two operators point to
+    them)."""
 
     def __init__(self, vocab: int, slots: int):
         self.vocab = vocab
         self.last = np.zeros(slots, np.int32)  # each slot's newest id
         self.slots = (Slot * slots)()
         self.kept: dict[int, list[np.ndarray]] = {}
-        self.sampled, self.scored = Sampling(), Sampling()
-
-    def resolve(self, ids: np.ndarray, feed: np.ndarray) -> np.ndarray:
-        """Input ids with those filled in that the step before sampled."""
-        return np.ascontiguousarray(np.where(feed >= 0, self.last[feed], ids).astype(np.int32, copy=False))
 
     def set_up(self, setup: SlotSetup) -> None:
-        """A new sequence owns the slot. Ids beyond the vocabulary are nobody's and dropped."""
+        """A new sequence owns the slot, which no launched step may still read. Ids beyond the vocabulary are nobody's and
+        dropped."""
         inside = setup.bias_ids < self.vocab
         bias_ids = np.ascontiguousarray(setup.bias_ids[inside], np.int32)
         bias = np.ascontiguousarray(setup.bias[inside], np.float32)
@@ -96,23 +93,23 @@ class NativeSampler:
             slot.output, slot.prompt = at(output), at(prompt)
             self.kept[setup.slot] += [output, prompt]
 
-    def ask(self, rows: SamplingRows) -> Answer:
-        """Fill `sampled` for a step's rows."""
+    def ask(self, struct: Sampling, rows: SamplingRows) -> Answer:
+        """Fill `struct` for a step's sampled rows."""
         columns = [np.ascontiguousarray(getattr(rows, name)) for name in COLUMNS]
         ids = np.zeros(len(rows.slot), np.int32)
-        answer = self.fill(self.sampled, ids, columns[-1], columns)
+        answer = self.fill(struct, ids, columns[-1], columns)
         for name, column in zip(COLUMNS, columns, strict=True):
-            setattr(self.sampled, name, at(column))
-        self.sampled.slots = addressof(self.slots)
-        self.sampled.last = at(self.last)
+            setattr(struct, name, at(column))
+        struct.slots = addressof(self.slots)
+        struct.last = at(self.last)
         return answer
 
-    def ask_scores(self, ids: np.ndarray, top: int) -> Answer:
-        """Fill `scored` for rows whose tokens are known."""
+    def ask_scores(self, struct: Sampling, ids: np.ndarray, top: int) -> Answer:
+        """Fill `struct` for rows whose tokens are known."""
         ids = np.ascontiguousarray(ids, np.int32)
         logprobs = np.full(len(ids), top, np.int32)
-        answer = self.fill(self.scored, ids, logprobs, [logprobs])
-        self.scored.logprobs = at(logprobs)
+        answer = self.fill(struct, ids, logprobs, [logprobs])
+        struct.logprobs = at(logprobs)
         return answer
 
     def fill(self, struct: Sampling, ids: np.ndarray, asked: np.ndarray, columns: list[np.ndarray]) -> Answer:

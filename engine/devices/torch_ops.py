@@ -40,8 +40,8 @@ def add_rms_norm(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: 
     rms_norm(out, residual, weight, eps)
 
 
-def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """out = x @ weight.T + bias; weight [N, K]"""
+def linear(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, sensitive: bool = False) -> None:
+    """out = x @ weight.T + bias; weight [N, K]. Nothing is rounded here, so `sensitive` changes nothing."""
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     elif bias.dtype == x.dtype:

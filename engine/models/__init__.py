@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.types import UserError
 
@@ -24,12 +24,21 @@ ARCHITECTURES = {
 class WeightSpec:
     """One packed tensor: the rows of `sources` one under another.
 
-    kind "matrix" and "embedding" take the Config's dtype; "vector" (norm gains, biases) stays float32."""
+    kind "matrix" and "embedding" (rows that are looked up; where it is tied, also the head's matrix) take the Config's dtype or
+    a quantised form; "vector" (norm gains, biases) stays float32."""
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]  # Hugging Face tensor names
     kind: str = "matrix"
+
+
+class WeightPart(NamedTuple):
+    """Rows of a packed tensor as they lie in memory. A tensor has one part, unless its sources are stored differently."""
+
+    data: memoryview
+    dtype: str  # float32, bfloat16, or a quantised kind of engine/native/cpu
+    shape: tuple[int, ...]
 
 
 class Model(Protocol):

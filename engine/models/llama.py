@@ -153,7 +153,7 @@ class Model:
                 device.rms_norm(normed, residual, layer.attention_norm, self.eps)
             else:
                 device.add_rms_norm(normed, residual, delta, layer.attention_norm, self.eps)
-            device.linear(qkv, normed, layer.qkv, layer.qkv_bias)
+            device.linear(qkv, normed, layer.qkv, layer.qkv_bias, sensitive=True)
             if self.qk_norm:
                 device.head_norm(qkv, layer.q_norm, layer.k_norm, heads, kv_heads, self.eps)
             device.rope_store(qkv, step.positions, self.cos_sin, cache, step.kv_slots, heads, kv_heads)
@@ -173,7 +173,7 @@ class Model:
         device.take_rows(last, residual, step.rows)
         device.take_rows(last_delta, delta, step.rows)
         device.add_rms_norm(last_normed, last, last_delta, self.final_norm, self.eps)
-        device.linear(logits, last_normed, self.head)
+        device.linear(logits, last_normed, self.head, sensitive=True)
         return logits
 
 

@@ -162,7 +162,9 @@ class Client:
         for body in (vllm, {"content": text, "add_special": True}):
             try:
                 answer = await self.ask("POST", "/tokenize", body)
-                return len(answer["tokens"])
+                # Some servers answer a body they don't understand with no tokens.
+                if answer["tokens"] or not text:
+                    return len(answer["tokens"])
             except (RequestFailed, KeyError, TypeError):
                 continue
         return None

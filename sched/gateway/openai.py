@@ -14,7 +14,7 @@ from sched.gateway import errors, prompt, schema, shapes
 from sched.gateway.face import Model, Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
 from sched.gateway.sse import EventStream
-from sched.stream import Delta, Submission
+from sched.stream import Submission
 
 log = logging.getLogger(__name__)
 
@@ -107,17 +107,10 @@ async def answer(
             await stream.run(gathering.add)
             body = shape.whole(gathering, stream.usage)
             return web.Response(body=body, content_type="application/json")
-        events = EventStream(request, request.app[HEART])
-
-        def deliver(deltas: list[Delta]) -> None:
-            try:
-                events.send(shape.chunks(deltas))
-            except Exception as e:  # this runs inside the service's own callback: what fails here is this request's alone
-                stream.fail(e)
-
+        events = EventStream(request, request.app[HEART], shape)
         try:
             await events.open()
-            await stream.run(deliver)
+            await stream.run(events.put)
             events.send(shape.tail(stream.usage))
         except Exception as e:  # too late for a status: the error is the stream's last event
             found = errors.problem(e, request)

@@ -18,6 +18,7 @@ from sched.stream import Delta, Usage
 
 LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON has not
 DONE = b"data: [DONE]\n\n"
+PLAIN = b',"logprobs":null,"finish_reason":null'  # what follows the text of a chunk that has nothing else
 
 
 class Head(msgspec.Struct):
@@ -127,6 +128,8 @@ def completion_logprobs(
 class Chat:
     """The shapes of /v1/chat/completions."""
 
+    __slots__ = ("before", "chunk", "end", "head", "include_usage", "tokenizer", "top")
+
     def __init__(self, head: Head, tokenizer: Tokenizer, top: int | None, include_usage: bool):
         self.head, self.tokenizer, self.top, self.include_usage = head, tokenizer, top, include_usage
         self.chunk = orjson.dumps(head.fields("chat.completion.chunk"))[:-1]
@@ -140,8 +143,11 @@ class Chat:
             if before is None:
                 before = self.before[d.index] = b'data: %b,"choices":[{"index":%d,"delta":' % (self.chunk, d.index)
                 # With the first token and not earlier, since clients take this chunk for the first token's arrival.
-                out += before, b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null', self.end
-            if d.text or d.logprobs:
+                out += before, b'{"role":"assistant","content":""}', PLAIN, self.end
+            if self.top is None:
+                if d.text:
+                    out += before, b'{"content":', orjson.dumps(d.text), b"}", PLAIN, self.end
+            elif d.text or d.logprobs:
                 out += before, b'{"content":', orjson.dumps(d.text), b'},"logprobs":', self.logprobs(d.ids, d.logprobs)
                 out += b',"finish_reason":null', self.end
             if d.finish is not None:
@@ -191,6 +197,8 @@ class Echo(msgspec.Struct):
 class Completion:
     """The shapes of /v1/completions."""
 
+    __slots__ = ("before", "chunk", "echo", "end", "head", "include_usage", "offset", "tokenizer", "top")
+
     def __init__(self, head: Head, tokenizer: Tokenizer, top: int | None, include_usage: bool, echo: Echo | None):
         self.head, self.tokenizer, self.top, self.include_usage, self.echo = head, tokenizer, top, include_usage, echo
         self.chunk = orjson.dumps(head.fields("text_completion"))[:-1]
@@ -207,7 +215,10 @@ class Completion:
                 before = self.before[d.index] = b'data: %b,"choices":[{"index":%d,"text":' % (self.chunk, d.index)
                 if self.echo is not None:
                     text, ids, found = self.echoed(d.index, text, ids, found or [])
-            if text or found or d.finish is not None:
+            if self.top is None and d.finish is None:
+                if text:
+                    out += before, orjson.dumps(text), PLAIN, self.end
+            elif text or found or d.finish is not None:
                 out += before, orjson.dumps(text), b',"logprobs":'
                 out += self.logprobs(d.index, text, ids, found), b',"finish_reason":', orjson.dumps(d.finish)
                 if d.finish is not None:

@@ -10,8 +10,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from aiohttp import HttpVersion11, web
+
+from sched.stream import Delta
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +33,21 @@ HEADERS = {
 }
 
 
+class Shape(Protocol):
+    """`shapes.Chat` or `shapes.Completion`."""
+
+    def chunks(self, deltas: list[Delta]) -> bytes: ...
+
+
 class EventStream:
     """One response of events. Open it when the request has been accepted: before that, an error is still a status."""
 
-    def __init__(self, request: web.Request, heart: Heart):
-        self.request, self.heart = request, heart
+    __slots__ = ("allowed", "chunked", "heart", "quiet", "request", "response", "shape", "transport")
+
+    def __init__(self, request: web.Request, heart: Heart, shape: Shape):
+        self.request, self.heart, self.shape = request, heart, shape
         self.response = web.StreamResponse(headers=HEADERS)
+        self.transport: asyncio.Transport | None = None  # while the connection lives
         self.allowed = MOST_UNSENT
         self.quiet = False  # nothing sent since the heart last looked
         self.chunked = True
@@ -46,11 +58,16 @@ class EventStream:
             self.response.force_close()
         await self.response.prepare(self.request)
         self.chunked = self.response.headers.get("Transfer-Encoding") == "chunked"
+        self.transport = self.request.transport
         self.heart.streams.add(self)
+
+    def put(self, deltas: list[Delta]) -> None:
+        """Write the events of some deltas: the stream's sink."""
+        self.send(self.shape.chunks(deltas))
 
     def send(self, events: bytes) -> None:
         """Write whole events now. Never blocks and never raises: a client that left or doesn't read is cut off."""
-        transport = self.request.transport
+        transport = self.transport
         if not events or transport is None or transport.is_closing():
             return
         if transport.get_write_buffer_size() > self.allowed:
@@ -58,7 +75,8 @@ class EventStream:
             transport.abort()
             return
         self.quiet = False
-        self.allowed = max(self.allowed, 2 * len(events))  # an echoed prompt may be large without the client being slow
+        if 2 * len(events) > self.allowed:
+            self.allowed = 2 * len(events)  # an echoed prompt may be large without the client being slow
         transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self.chunked else events)
 
     def stop(self) -> None:

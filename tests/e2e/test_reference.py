@@ -55,18 +55,20 @@ def test_alone_and_cold():
             assert answers(llm, [vector]) == [vector["greedy"]]
 
 
-def test_on_the_compiled_kernels_every_text_is_the_same_however_the_work_is_cut():
-    """bfloat16 is not float32, but equal to itself bit for bit: all at once cold, on prefix hits, chunked, alone, on two TEs; and
-    it mostly says what the float32 reference says."""
-    with LLM(default_model(), **COMPILED) as llm:
+@pytest.mark.parametrize(("quantization", "alike"), [("none", 16), ("auto", 14)])
+def test_on_the_compiled_kernels_every_text_is_the_same_however_the_work_is_cut(quantization, alike):
+    """bfloat16 (and more so a quantised matrix, with activations rounded for it) is not float32, but equal to itself bit for bit:
+    all at once cold, on prefix hits, chunked, alone, on two TEs; and it mostly says what the float32 reference says."""
+    settings = COMPILED | {"quantization": quantization}
+    with LLM(default_model(), **settings) as llm:
         texts = answers(llm, VECTORS)
         assert answers(llm, VECTORS) == texts, "on prefix hits"
-    with LLM(default_model(), **COMPILED, te=2, max_num_batched_tokens=80, enable_prefix_caching=False) as llm:
+    with LLM(default_model(), **settings, te=2, max_num_batched_tokens=80, enable_prefix_caching=False) as llm:
         assert answers(llm, VECTORS) == texts, "chunked, on two TEs"
         assert [answers(llm, [v])[0] for v in VECTORS[::4]] == texts[::4], "alone"
     # Once a text differs in one word it goes its own way, so count first words only.
     firsts = [a[:8] == b[:8] for a, b in zip(texts, WANT, strict=True)]
-    assert sum(firsts) >= 18
+    assert sum(firsts) >= alike
 
 
 def test_three_vectors_made_again():

@@ -75,6 +75,8 @@ class Step(Structure):
         ("ids", c_void_p),
         ("positions", c_void_p),
         ("kv_slots", c_void_p),
+        ("feed", c_void_p),
+        ("last", c_void_p),
         ("q_start", c_void_p),
         ("kv_len", c_void_p),
         ("blocks", c_void_p),
@@ -88,8 +90,9 @@ FUNCTIONS = {
     "ds_cpu_select": (c_void_p, [c_char_p]),
     "ds_team_new": (c_void_p, [c_int, POINTER(c_int)]),
     "ds_team_free": (None, [c_void_p]),
-    "ds_run": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
-    "ds_pack_bf16": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int64, c_int64]),
+    "ds_launch": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "ds_wait": (None, [c_void_p, c_int64]),
+    "ds_pack": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int64, c_int64]),
 }
 
 
@@ -182,26 +185,54 @@ def choose() -> str:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def packed_bytes(n: int, k: int) -> int:
-    """Size of packed bf16 weights of a matrix [n, k]: whole blocks of 16 rows, whole pairs of columns."""
-    return -(-n // 16) * -(-k // 2) * 64
+# enum ds_weights: what a matrix's weights are packed as. "int8" is ours, quantised from float; the others after "bfloat16"
+# keep what a GGUF file has, bit for bit.
+WEIGHT_KINDS = {"bfloat16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3, "q4_k": 4, "q6_k": 5, "int8": 6}
+
+# ds_panel: columns of a group, and the bytes that its scales and its quants take for 16 rows.
+PANELS = {
+    "bfloat16": (2, 0, 64),
+    "q4_0": (32, 32, 256),
+    "q4_1": (32, 64, 256),
+    "q8_0": (32, 32, 512),
+    "q4_k": (256, 320, 2048),
+    "q6_k": (256, 288, 3072),
+    "int8": (64, 32, 1024),
+}
 
 
-def pack_bf16(to: int, source: int, n: int, k: int, *, is_float: bool, first: int = 0, last: int | None = None) -> None:
-    """Pack rows `first` to `last` of the row-major matrix [n, k] at address `source` (float32, or else bf16) into `to`.
+def packed_bytes(kind: str, n: int, k: int) -> int:
+    """Size of a packed matrix [n, k] of a kind of WEIGHT_KINDS: whole panels of 16 rows, a multiple of 64 bytes."""
+    columns, scales, quants = PANELS[kind]
+    groups = -(-k // columns)
+    return -(-n // 16) * (-(-groups * scales // 64) * 64 + groups * quants)
 
-    `first` is a multiple of 16, and so is `last` unless it is `n`: ranges can be packed by several threads at once.
+
+def pack(
+    kind: str, to: int, source: int, n: int, k: int, *, is_float: bool = False, first: int = 0, last: int | None = None
+) -> None:
+    """Pack rows `first` to `last` (None: n) of the matrix [n, k] at address `source` into `to`, 64-byte aligned.
+
+    `source` and `to` are where the whole matrix begins. Source rows are contiguous and may begin at any address: for
+    "bfloat16" and "int8", float32 where `is_float`, else bfloat16; for the others GGML blocks of that type, and k must be a
+    multiple of a block's columns (raises `ValueError`). `first` is a multiple of 16, and so is `last` unless it is `n`:
+    ranges can be packed by several threads at once.
+
+    "int8" is symmetric with a float16 scale for each 64 columns of a row. Weights beyond 127 x 65504 and what is not finite
+    give a scale that is not finite, and so outputs that aren't.
     """
-    load().ds_pack_bf16(to, source, n, k, is_float, first, n if last is None else last)
+    if kind not in ("bfloat16", "int8") and k % PANELS[kind][0]:
+        raise ValueError(f"a matrix of {k} columns can't be {kind}: its blocks have {PANELS[kind][0]}")
+    load().ds_pack(WEIGHT_KINDS[kind], to, source, n, k, is_float, first, n if last is None else last)
 
 
 # ---- the team --------------------------------------------------------------------------------------------------------
 
 
 class Team:
-    """Threads that run programs of operators. Belongs to the process that made it, and runs one program at a time.
+    """Threads that run programs of operators, one after another. Belongs to the process that made it.
 
-    `cores`: where each thread is pinned (the first of them is whoever calls `run`, who pins itself), or None.
+    `cores`: where each thread is pinned, or None.
     """
 
     def __init__(self, threads: int, cores: Sequence[int] | None = None, isa: str | None = None):
@@ -215,20 +246,30 @@ class Team:
         if not self._team:
             raise UserError(f"the system gives no {threads} threads for the CPU backend; use fewer, or raise `ulimit -u`")
 
-    def run(self, ops: ctypes.Array[Op], step: Step, count: int | None = None) -> None:
-        """Run the first `count` operators (None: all) for `step`; everything they point to must be alive."""
+    def launch(self, ops: ctypes.Array[Op], step: Step, count: int | None = None) -> int:
+        """Queue the first `count` operators (None: all) for `step`; everything they point to must live until `wait` has
+        returned for the ticket that this gives."""
         if self._team is None:
             raise RuntimeError("the team is closed")
         many = len(ops) if count is None else count
-        code = self._library.ds_run(self._team, ctypes.addressof(ops), many, ctypes.addressof(step), self._kernels)
-        if code == -errno.ECHILD:
+        ticket = self._library.ds_launch(self._team, ctypes.addressof(ops), many, ctypes.addressof(step), self._kernels)
+        if ticket >= 0:
+            return int(ticket)
+        if ticket == -errno.ECHILD:
             raise RuntimeError("a team doesn't survive fork: make one in the child")
-        if code == -errno.ENOMEM:
+        if ticket == -errno.ENOMEM:
             raise MemoryError("no memory for a program's counters")
-        if code == -errno.E2BIG:
+        if ticket == -errno.E2BIG:
             raise ValueError("a matrix has more than 65536 columns: a thread's scratch holds no panel of its activations")
-        if code:
-            raise ValueError("a program has an operator of unknown kind")
+        raise ValueError("a program has an operator of unknown kind")
+
+    def wait(self, ticket: int) -> None:
+        """Sleep, without the interpreter lock, until a launched program and all before it are done."""
+        self._library.ds_wait(self._team, ticket)
+
+    def run(self, ops: ctypes.Array[Op], step: Step, count: int | None = None) -> None:
+        """Launch and wait."""
+        self.wait(self.launch(ops, step, count))
 
     def close(self) -> None:
         """Ends the threads; the team can't run any more. Twice is once."""

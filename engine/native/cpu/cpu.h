@@ -12,15 +12,19 @@
 // Kernels are compiled once for each instruction set (portable, avx2, avx512, avx512bf16, amx), from the same sources, in
 // namespaces of their own; `ds_cpu_select` picks a table of them at run time.
 #pragma once
+#include "quant.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
 typedef uint16_t ds_bf16;  // the upper half of a float, rounded to nearest even
 
 enum ds_kind {
-    DS_EMBED,       // out f32 [T, n] = rows `ids` of w (packed bf16 [vocabulary, n])
+    DS_EMBED,       // out f32 [T, n] = rows `ids` of w (packed [vocabulary, n], of kind i[0], a ds_weights)
     DS_RMS_NORM,    // out bf16 [rows, n] = rms_norm(x f32 [rows, n]) * w f32 [n], eps f[0]; y f32, where given: x += y first
-    DS_LINEAR,      // out f32 [rows, n] = x bf16 [rows, k] @ w (packed) + b f32 [n] (or null)
+    DS_LINEAR,      // out f32 [rows, n] = x bf16 [rows, k] @ w (packed, of kind i[0]) + b f32 [n] (or null); out's rows are
+                    // i[1] floats apart (0: n), so that parts of different kinds write side by side into one buffer; i[2]:
+                    // GGML's kinds take x in 16 bits instead of 8
     DS_HEAD_NORM,   // x f32 [T, (i[0] + 2 i[1]) * i[2]]: each of i[0] query heads times w, each of i[1] key heads times y
     DS_ROPE_STORE,  // x f32 [T, (i[0] + 2 i[1]) * i[2]]: q rotated in place, k rotated and v written to caches y and b
     DS_ATTENTION,   // out bf16 [T, i[0] * i[2]] from x (as above) and the caches y (keys) and b (values); scale f[0], window i[3]
@@ -36,7 +40,7 @@ typedef struct ds_op {
     int32_t sampled;  // rows: 0: the step's tokens T; 1: its sampled rows
     void *out, *x, *y, *w, *b;
     int64_t n, k;
-    int64_t i[4];  // heads, kv_heads, head_dim, window
+    int64_t i[4];  // heads, kv_heads, head_dim, window; kind of weights, stride of rows, activations of 16 bits
     float f[2];
 } ds_op;
 
@@ -44,6 +48,7 @@ typedef struct ds_step {
     int32_t tokens, sequences, sampled;
     int32_t block_size, table_width;
     const int32_t *ids, *positions, *kv_slots;  // [tokens]
+    const int32_t *feed, *last;                 // [tokens], or null: where it is not negative, the id is last[feed]
     const int32_t *q_start;                     // [sequences + 1]
     const int32_t *kv_len;                      // [sequences], this step's tokens counted in
     const int32_t *blocks;                      // [sequences, table_width]
@@ -51,7 +56,10 @@ typedef struct ds_step {
     const float *cos_sin;                       // [positions, rotary dim]: cos of each pair, then sin; pairs are (j, j + dim / 2)
 } ds_step;
 
-// The caches are bf16 [blocks, block_size, kv_heads, head_dim].
+// A layer's caches hold tokens in groups of DS_KV_GROUP (a block is some whole groups), each head's by itself, two values in a
+// word as they will be multiplied: keys bf16 [slots / 16][kv_heads][head_dim / 2][16][2], two dimensions of a token;
+// values bf16 [slots / 16][kv_heads][16 / 2][head_dim][2], one dimension of two tokens. head_dim is even.
+enum { DS_KV_GROUP = 16 };
 
 // A member's view of the team while it runs one operator.
 typedef struct ds_team {
@@ -65,6 +73,3 @@ enum { DS_SCRATCH_BYTES = 4 << 20 };
 static inline int64_t ds_take(ds_team *team) { return __atomic_fetch_add(team->next, 1, __ATOMIC_RELAXED); }
 
 typedef void (*ds_kernel)(const ds_op *, const ds_step *, ds_team *);
-
-// Packed bf16 weights of a matrix [n, k]: [ceil(n / 16)][ceil(k / 2)][16][2], rows and columns beyond the matrix zero.
-static inline size_t ds_packed_bytes(int64_t n, int64_t k) { return (size_t)((n + 15) / 16) * ((k + 1) / 2) * 32 * sizeof(ds_bf16); }

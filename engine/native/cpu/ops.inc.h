@@ -52,20 +52,21 @@ DS_INLINE F larger(F a, F b) { return a < b ? b : a; }
 DS_INLINE F smaller(F a, F b) { return a > b ? b : a; }
 
 // The halves are folded onto each other until one lane is left.
-DS_INLINE float sum_lanes(F v) {
-    float a[WIDTH];
-    store(a, v);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
-    return a[0];
+template <int S> DS_INLINE F swap_lanes(F v) {
+    I other;
+    for (int i = 0; i < WIDTH; i++) other[i] = i ^ S;
+    return __builtin_shuffle(v, other);
 }
-DS_INLINE float largest_lane(F v) {
-    float a[WIDTH];
-    store(a, v);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] < a[i + half] ? a[i + half] : a[i];
-    return a[0];
+template <int S> DS_INLINE F fold_sum(F v) {
+    if constexpr (S == 0) return v;
+    else return fold_sum<S / 2>(v + swap_lanes<S>(v));
 }
+template <int S> DS_INLINE F fold_largest(F v) {
+    if constexpr (S == 0) return v;
+    else return fold_largest<S / 2>(larger(v, swap_lanes<S>(v)));
+}
+DS_INLINE float sum_lanes(F v) { return fold_sum<WIDTH / 2>(v)[0]; }
+DS_INLINE float largest_lane(F v) { return fold_largest<WIDTH / 2>(v)[0]; }
 
 // A bf16 in the low half of each word, rounded to nearest even; what is not a number stays so.
 DS_INLINE U round_bf16(F v) {
@@ -78,6 +79,16 @@ DS_INLINE F load_bf16(const ds_bf16 *p) {
     __builtin_memcpy(&half, p, sizeof half);
     return (F)(__builtin_convertvector(half, U) << 16);
 }
+#if defined(__AVX512BF16__)
+DS_INLINE void store_bf16(ds_bf16 *p, F v) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &half, sizeof half);
+}
+DS_INLINE void store_bf16_part(ds_bf16 *p, F v, int64_t n) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &half, (size_t)n * sizeof(ds_bf16));
+}
+#else
 DS_INLINE void store_bf16(ds_bf16 *p, F v) {
     B half = __builtin_convertvector(round_bf16(v), B);
     __builtin_memcpy(p, &half, sizeof half);
@@ -86,6 +97,7 @@ DS_INLINE void store_bf16_part(ds_bf16 *p, F v, int64_t n) {
     B half = __builtin_convertvector(round_bf16(v), B);
     __builtin_memcpy(p, &half, (size_t)n * sizeof(ds_bf16));
 }
+#endif
 DS_INLINE float widen(ds_bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
     float v;
@@ -113,6 +125,21 @@ DS_INLINE F scaled_exp2(F f, I n) {
 // Adding this rounds to an integer, found in the low bits of the sum.
 #define DS_ROUND 12582912.0f  // 1.5 * 2^23
 
+#if defined(__AVX512F__)
+// reduce gives what is left of the nearest integer, 0 of an infinity; scalef multiplies by 2 to the power of an integer, and
+// takes care of all that is too large, too small, infinite or not a number.
+DS_INLINE F exp2_of(F x) {
+    F f = (F)_mm512_reduce_ps((__m512)x, 0);
+    F p = splat(1.5403530393e-4f);
+    p = fma(p, f, splat(1.3333558146e-3f));
+    p = fma(p, f, splat(9.6181291076e-3f));
+    p = fma(p, f, splat(5.5504108665e-2f));
+    p = fma(p, f, splat(2.4022650696e-1f));
+    p = fma(p, f, splat(6.9314718056e-1f));
+    p = fma(p, f, splat(1.0f));
+    return (F)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+}
+#else
 DS_INLINE F exp2_of(F x) {
     F inside = smaller(larger(x, splat(-125.0f)), splat(127.0f));
     F rounded = inside + DS_ROUND;
@@ -123,6 +150,29 @@ DS_INLINE F exp2_of(F x) {
     return x == x ? y : x;
 }
 
+#endif
+
+#if defined(__AVX512F__)
+DS_INLINE F exp_of(F x) {
+    // x = n ln 2 + r, with ln 2 in two parts of which the first has trailing zeros, so that n times it is exact.
+    F n = (F)_mm512_roundscale_ps((__m512)(x * splat(1.44269504f)), 0);
+    F r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    // Beyond what a float can hold n decides alone; what is not a number stays so.
+    r = smaller(larger(r, splat(-0.35f)), splat(0.35f));
+    // e^r by Taylor's terms
+    F p = splat(1.9841270e-4f);
+    p = fma(p, r, splat(1.3888889e-3f));
+    p = fma(p, r, splat(8.3333333e-3f));
+    p = fma(p, r, splat(4.1666668e-2f));
+    p = fma(p, r, splat(1.6666667e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    p = (F)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return x == x ? p : x;
+}
+#else
 DS_INLINE F exp_of(F x) {
     // x = n ln 2 + r, with ln 2 in two parts of which the first has trailing zeros, so that n times it is exact.
     F inside = smaller(larger(x, splat(-86.6f)), splat(88.0f));
@@ -145,6 +195,7 @@ DS_INLINE F exp_of(F x) {
     y = x > 88.0f ? splat(__builtin_inff()) : y;
     return x == x ? y : x;
 }
+#endif
 
 // ---- sharing rows --------------------------------------------------------------------------------------------------
 
@@ -166,10 +217,14 @@ DS_INLINE int64_t rows_at_once(int64_t rows, const ds_team *team) {
 static void embed(const ds_op *op, const ds_step *step, ds_team *team) {
     int64_t n = op->n, pairs = (n + 1) / 2;
     DS_EACH_ROW(t, (int64_t)step->tokens) {
-        int64_t id = step->ids[t];
+        int64_t id = step->feed && step->feed[t] >= 0 ? step->last[step->feed[t]] : step->ids[t];
+        float *out = (float *)op->out + t * n;
+        if (op->i[0] != DS_BF16) {
+            matrix::dequantise_row(op->i[0], op->w, id, n, out);
+            continue;
+        }
         // Sixteen rows are packed together, pair of columns after pair of columns.
         const ds_bf16 *w = (const ds_bf16 *)op->w + (id / 16 * pairs * 16 + id % 16) * 2;
-        float *out = (float *)op->out + t * n;
         for (int64_t p = 0; p < n / 2; p++) {
             out[2 * p] = widen(w[32 * p]);
             out[2 * p + 1] = widen(w[32 * p + 1]);
@@ -253,12 +308,6 @@ static void swiglu(const ds_op *op, const ds_step *step, ds_team *team) {
 
 // ---- rotary positions and the cache --------------------------------------------------------------------------------
 
-DS_INLINE void store_row_bf16(ds_bf16 *out, const float *x, int64_t n) {
-    int64_t j = 0;
-    for (; j + WIDTH <= n; j += WIDTH) store_bf16(out + j, load(x + j));
-    if (j < n) store_bf16_part(out + j, load_part(x + j, n - j), n - j);
-}
-
 DS_INLINE void rotate(float *x, const float *cos, int64_t half) {
     const float *sin = cos + half;
     int64_t j = 0;
@@ -277,15 +326,26 @@ DS_INLINE void rotate(float *x, const float *cos, int64_t half) {
 }
 
 static void rope_store(const ds_op *op, const ds_step *step, ds_team *team) {
-    int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2], width = kv_heads * dim;
+    int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2];
     DS_EACH_ROW(t, (int64_t)step->tokens) {
         float *x = (float *)op->x + t * (heads + 2 * kv_heads) * dim;
         const float *turn = step->cos_sin + (int64_t)step->positions[t] * dim;
         for (int64_t h = 0; h < heads + kv_heads; h++) rotate(x + h * dim, turn, dim / 2);
-        const float *k = x + heads * dim;
-        int64_t at = (int64_t)step->kv_slots[t] * width;
-        store_row_bf16((ds_bf16 *)op->y + at, k, width);
-        store_row_bf16((ds_bf16 *)op->b + at, k + width, width);
+        const float *k = x + heads * dim, *v = k + kv_heads * dim;
+        const int64_t slot = step->kv_slots[t], lane = slot % DS_KV_GROUP;
+        const int64_t group = slot / DS_KV_GROUP * kv_heads * dim * DS_KV_GROUP;
+        ds_bf16 halves[2 * WIDTH];
+        for (int64_t h = 0; h < kv_heads; h++) {
+            uint32_t *keys = (uint32_t *)((ds_bf16 *)op->y + group) + h * dim / 2 * DS_KV_GROUP + lane;
+            ds_bf16 *values = (ds_bf16 *)op->b + group + (h * DS_KV_GROUP / 2 + lane / 2) * dim * 2 + lane % 2;
+            for (int64_t d = 0; d < dim; d += WIDTH) {
+                const int64_t many = dim - d < WIDTH ? dim - d : (int64_t)WIDTH;
+                store_bf16(halves, many == WIDTH ? load(k + h * dim + d) : load_part(k + h * dim + d, many));
+                store_bf16(halves + WIDTH, many == WIDTH ? load(v + h * dim + d) : load_part(v + h * dim + d, many));
+                for (int64_t j = 0; j < many; j += 2) __builtin_memcpy(&keys[(d + j) / 2 * DS_KV_GROUP], halves + j, 4);
+                for (int64_t j = 0; j < many; j++) values[(d + j) * 2] = halves[WIDTH + j];
+            }
+        }
     }
 }
 

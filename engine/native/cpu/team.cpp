@@ -1,12 +1,12 @@
 // The team of threads that runs a program of operators (cpu.h), and the choice of instruction set.
 //
-// The caller of ds_run is member 0; the others are threads that wait for its next program. An operator is done when all of
-// its chunks have been taken and whoever took one has left it: a member that comes late, because the system let its core do
+// Programs are launched into a queue, which member 0 works off in order: while one runs, the next can wait behind it, so that
+// nothing the caller does between two steps keeps the processor waiting. An operator is done when all of its chunks have been taken and whoever took one has left it: a member that comes late, because the system let its core do
 // something else, finds nothing to take and holds nobody up. Who waits (for a program, or for the others to finish their
 // chunks) spins for SPIN_NS and then sleeps on a futex, so that an idle team takes no processor time and two teams on the
 // same cores don't keep each other from running.
 //
-// A team belongs to the process that made it: make it after the last fork. One ds_run at a time.
+// A team belongs to the process that made it: make it after the last fork. One thread at a time launches.
 #include "cpu.h"
 
 #include <errno.h>
@@ -49,6 +49,14 @@ struct alignas(64) Bell {
     uint32_t sleepers;
 };
 
+static void sleep_until_change(Bell *bell, uint32_t seen) {
+    // Whoever rings either sees the sleeper, or has changed the value before the futex looks at it.
+    __atomic_fetch_add(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&bell->value, __ATOMIC_SEQ_CST) == seen)
+        syscall(SYS_futex, &bell->value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    __atomic_fetch_sub(&bell->sleepers, 1, __ATOMIC_RELAXED);
+}
+
 static void wait_for_change(Bell *bell, uint32_t seen) {
     int64_t stop = 0;
     for (;;) {
@@ -58,13 +66,8 @@ static void wait_for_change(Bell *bell, uint32_t seen) {
         }
         int64_t now = now_ns();
         if (!stop) stop = now + SPIN_NS;
-        if (now >= stop) break;
+        if (now >= stop) return sleep_until_change(bell, seen);
     }
-    // Whoever rings either sees the sleeper, or has changed the value before the futex looks at it.
-    __atomic_fetch_add(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&bell->value, __ATOMIC_SEQ_CST) == seen)
-        syscall(SYS_futex, &bell->value, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
-    __atomic_fetch_sub(&bell->sleepers, 1, __ATOMIC_RELAXED);
 }
 
 static void wake_sleepers(Bell *bell) {
@@ -115,12 +118,16 @@ struct Member {
 
 // Set in Crew.gate while no program may be joined; the rest of it counts the members that have joined.
 static const uint32_t CLOSED = 1u << 31;
+enum { QUEUE = 8 };  // programs launched and not done; a step loop launches one or two ahead
 
 struct Crew {
+    Bell launched;  // grows by one for each program, and when the team ends
+    Bell finished;  // grows by one for each program
     Bell start;  // rung when a program has been set, and when the team ends
     Bell done;   // grows by one for each operator
     Bell left;   // rung when nobody is in the program
     alignas(64) uint32_t gate;
+    Program queue[QUEUE];
     alignas(64) Program program;
     Place *places;
     int64_t room;  // in places
@@ -176,6 +183,36 @@ static void *live(void *argument) {
     }
 }
 
+// Runs `next`, joined by whoever is there.
+static void lead(Crew *crew, const Program &next) {
+    memset((void *)crew->places, 0, next.count * sizeof(Place));
+    crew->program = next;
+    crew->program.base = crew->done.value;
+    // Whoever joins sees all of the above. One that is about to leave a gate it found closed is still counted in it.
+    __atomic_fetch_and(&crew->gate, ~CLOSED, __ATOMIC_ACQ_REL);
+    if (crew->threads > 1) ring(&crew->start);
+    run_program(crew, 0);
+    __atomic_fetch_or(&crew->gate, CLOSED, __ATOMIC_ACQ_REL);
+    for (;;) {
+        uint32_t seen = __atomic_load_n(&crew->left.value, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&crew->gate, __ATOMIC_ACQUIRE) == CLOSED) return;
+        wait_for_change(&crew->left, seen);
+    }
+}
+
+// Member 0's life.
+static void *live_first(void *argument) {
+    Crew *crew = ((Member *)argument)->crew;
+    pthread_setname_np(pthread_self(), "ds-cpu-0");
+    if (crew->cores) pin(crew->cores[0]);
+    for (uint32_t finished = 0;; finished++) {
+        wait_for_change(&crew->launched, finished);
+        if (__atomic_load_n(&crew->ending, __ATOMIC_ACQUIRE)) return nullptr;
+        lead(crew, crew->queue[finished % QUEUE]);
+        ring(&crew->finished);
+    }
+}
+
 static void *map_scratch() {
     void *at = mmap(nullptr, DS_SCRATCH_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return at == MAP_FAILED ? nullptr : at;
@@ -186,8 +223,9 @@ extern "C" void ds_team_free(void *team) {
     if (!crew) return;
     if (crew->process == getpid()) {  // in a forked child there are no members to join, and their locks may be held
         __atomic_store_n(&crew->ending, 1, __ATOMIC_RELEASE);
+        ring(&crew->launched);
         ring(&crew->start);
-        for (int i = 1; i < crew->threads; i++) pthread_join(crew->members[i].thread, nullptr);
+        for (int i = 0; i < crew->threads; i++) pthread_join(crew->members[i].thread, nullptr);
     }
     for (int i = 0; i < crew->threads; i++)
         if (crew->members[i].scratch) munmap(crew->members[i].scratch, DS_SCRATCH_BYTES);
@@ -197,8 +235,7 @@ extern "C" void ds_team_free(void *team) {
     free(crew);
 }
 
-// A team of `threads` members (the caller of ds_run is one); `cores`: where each of them is pinned, or null. The caller of
-// ds_run pins itself. Null where the system gives no memory or no threads.
+// A team of `threads` members; `cores`: where each of them is pinned, or null. Null where the system gives no memory or no threads.
 extern "C" void *ds_team_new(int threads, const int *cores) {
     Crew *crew = (Crew *)aligned_alloc(64, sizeof(Crew));
     if (!crew) return nullptr;
@@ -215,7 +252,7 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     for (int i = 0; i < threads && whole; i++) {
         Member *member = &crew->members[i];
         *member = {crew, i, 0, map_scratch()};
-        whole = member->scratch && (i == 0 || pthread_create(&member->thread, nullptr, live, member) == 0);
+        whole = member->scratch && pthread_create(&member->thread, nullptr, i ? live : live_first, member) == 0;
         // Counts who must be joined. Members read it only after the first program's bell.
         if (whole) crew->threads = i + 1;
         else if (member->scratch) munmap(member->scratch, DS_SCRATCH_BYTES);
@@ -229,34 +266,37 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
 // Sixteen rows of float32 activations this long fill a member's scratch; matrices are sooner too large for other reasons.
 static const int64_t LONGEST_K = DS_SCRATCH_BYTES / 16 / 4;
 
-// Runs `count` operators in order, each by the whole team; returns when the last is done. 0, or -EINVAL where an operator
-// has no kernel in `kernels`, -E2BIG where a matrix has too many columns, -ECHILD in a child of the process that made the team, -ENOMEM; then nothing has run.
-extern "C" int ds_run(void *team, const ds_op *ops, int64_t count, const ds_step *step, const ds_kernel *kernels) {
+// Waits until program number `ticket` of ds_launch is done.
+extern "C" void ds_wait(void *team, int64_t ticket) {
+    Crew *crew = (Crew *)team;
+    for (uint32_t done; before(done = __atomic_load_n(&crew->finished.value, __ATOMIC_ACQUIRE), (uint32_t)ticket + 1);)
+        sleep_until_change(&crew->finished, done);  // spinning would take the core from a member
+}
+
+// Queues `count` operators to be run in order, each by the whole team, after all that was launched before; waits only where
+// the queue is full. What they point to must live until ds_wait has returned for the number that this returns (its low 32
+// bits are that of the program). -EINVAL where an operator has no kernel in `kernels`, -E2BIG where a matrix has too many
+// columns, -ECHILD in a child of the process that made the team, -ENOMEM; then nothing is queued.
+extern "C" int64_t ds_launch(void *team, const ds_op *ops, int64_t count, const ds_step *step, const ds_kernel *kernels) {
     Crew *crew = (Crew *)team;
     if (crew->process != getpid()) return -ECHILD;
     for (int64_t i = 0; i < count; i++) {
         if (ops[i].kind < 0 || ops[i].kind >= DS_KINDS || !kernels[ops[i].kind]) return -EINVAL;
         if (ops[i].kind == DS_LINEAR && ops[i].k > LONGEST_K) return -E2BIG;
     }
+    const uint32_t ticket = crew->launched.value;
     if (count > crew->room) {
+        ds_wait(team, ticket - 1);  // the places are in use
         Place *places = (Place *)aligned_alloc(64, count * sizeof(Place));
         if (!places) return -ENOMEM;
         free(crew->places);
         crew->places = places;
         crew->room = count;
     }
-    memset((void *)crew->places, 0, count * sizeof(Place));
-    crew->program = {ops, count, step, kernels, crew->done.value};
-    // Whoever joins sees all of the above. One that is about to leave a gate it found closed is still counted in it.
-    __atomic_fetch_and(&crew->gate, ~CLOSED, __ATOMIC_ACQ_REL);
-    if (crew->threads > 1) ring(&crew->start);
-    run_program(crew, 0);
-    __atomic_fetch_or(&crew->gate, CLOSED, __ATOMIC_ACQ_REL);
-    for (;;) {
-        uint32_t seen = __atomic_load_n(&crew->left.value, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&crew->gate, __ATOMIC_ACQUIRE) == CLOSED) return 0;
-        wait_for_change(&crew->left, seen);
-    }
+    ds_wait(team, ticket - QUEUE);
+    crew->queue[ticket % QUEUE] = {ops, count, step, kernels, 0};
+    ring(&crew->launched);
+    return ticket;
 }
 
 // ---- instruction sets ------------------------------------------------------------------------------------------------
