@@ -250,6 +250,10 @@ class Batch:
             return
         size = self.rtc.block_size
         promised = sum(max(0, -(-s.target // size) - len(s.blocks)) for s in self.running)
+        # Blocks that running prefills are about to fill. Who needs one of them next waits for it: that takes no longer than
+        # computing it a second time.
+        caching = self.rtc.prefix_caching
+        coming = {key for s in self.running if s.done < s.known for key in s.keys[s.committed :]} if caching else set()
         blocked: list[tuple[tuple[int, int], Sequence]] = []
         while self.waiting and self.slots:
             _, seq = self.waiting[0]
@@ -260,6 +264,9 @@ class Batch:
                 blocked.append(heapq.heappop(self.waiting))
                 continue
             match = self.rtc.match_by_prefix_token(seq.keys if seq.scores is None else [], seq.known)
+            if seq.scores is None and coming.intersection(seq.keys[len(match.blocks) : len(match.blocks) + 1]):
+                blocked.append(heapq.heappop(self.waiting))
+                continue
             need = -(-min(seq.known + 1, seq.limit) // size) - len(match.blocks)
             # Blocks the match would take out of the idle list are no longer there to be evicted.
             idle = sum(self.rtc.refs[b] == 0 for b in match.blocks)
@@ -269,6 +276,8 @@ class Batch:
             heapq.heappop(self.waiting)
             self.take_slot(seq, match.blocks and self.rtc.populate(match))
             promised += need
+            if caching:
+                coming.update(seq.keys[seq.committed :])
         for entry in blocked:
             heapq.heappush(self.waiting, entry)
 
@@ -498,14 +507,19 @@ def counts_ids(params: SamplingParams) -> bool:
 
 
 def share(prefills: Iterable[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-    """Split a token budget over prefills so that nobody starves: equal parts; what short ones leave goes to the long."""
+    """Split a token budget over prefills, given by order. The shortest go first, so that the median prompt waits least; the
+    first in order is sure of a quarter, so that a long one moves on too."""
     want = [(s, min(s.target - s.done, SCORED_CHUNK) if s.scores is not None else s.target - s.done) for s in prefills]
-    out: dict[int, int] = {}
-    left = sorted(range(len(want)), key=lambda i: want[i][1])
-    for position, i in enumerate(left):
-        out[i] = min(want[i][1], -(-budget // (len(left) - position)), budget)
-        budget -= out[i]
-    return [(want[i][0], out[i]) for i in range(len(want)) if out[i] > 0]
+    if not want:
+        return []
+    out = [0] * len(want)
+    out[0] = min(want[0][1], -(-budget // 4))
+    budget -= out[0]
+    for i in sorted(range(len(want)), key=lambda i: want[i][1]):
+        more = min(want[i][1] - out[i], budget)
+        out[i] += more
+        budget -= more
+    return [(s, count) for (s, _), count in zip(want, out, strict=True) if count > 0]
 
 
 def scored_rows(work: Work) -> int:

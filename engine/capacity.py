@@ -25,6 +25,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 FREE_SHARE = 0.5
 # ... and to no more than this, as vLLM's CPU backend has it; memory is committed as blocks are first written.
 AUTO_KV_BYTES = 4 << 30
+# Tokens of a step: matrix products are as efficient with 256 rows as with more, and a step of so many takes some 90 ms for the
+# default model on two cores, which is what a decode waits for when prompts come in.
+AUTO_BATCHED_TOKENS = 256
 # Kept for the interpreter, libraries and activations of one TE. Measured: torch and a 135M model's buffers take about 0.4 GB;
 # a TE on the compiled kernels has no torch and takes a tenth.
 PROCESS_BYTES = 512 << 20
@@ -98,9 +101,12 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         raise UserError(
             "--tensor-parallel-size: only 1 is supported so far; use --te N for more executors", "tensor_parallel_size"
         )
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    tokens = config.max_num_batched_tokens or max(AUTO_BATCHED_TOKENS, config.max_num_seqs)
+    if config.max_num_batched_tokens is None:
+        why["max_num_batched_tokens"] = "a short step on cpu" if tokens == AUTO_BATCHED_TOKENS else "one token for each sequence"
+    if tokens < config.max_num_seqs:
         raise UserError(
-            f"--max-num-batched-tokens {config.max_num_batched_tokens} is less than --max-num-seqs {config.max_num_seqs}: every"
+            f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {config.max_num_seqs}: every"
             f" running sequence needs one token a step; use --max-num-batched-tokens {config.max_num_seqs} or more",
             "max_num_batched_tokens",
         )
@@ -117,6 +123,8 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
             f"--quantization int8 needs the compiled cpu kernels with --dtype bfloat16; {lacks} can't: leave it out",
             "quantization",
         )
+    if config.pin_threads and not (box.compiled and dtype == "bfloat16"):
+        raise UserError("--pin-threads: only the compiled cpu kernels' threads can be pinned; leave it out", "pin_threads")
     block_size = config.block_size or default_block_size(device)
     if box.compiled and dtype == "bfloat16" and block_size % 16:
         raise UserError(
@@ -179,6 +187,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         device=device,
         dtype=dtype,
         block_size=block_size,
+        max_num_batched_tokens=tokens,
         max_model_len=length,
         kv_cache_memory_bytes=blocks * block_bytes,
     )
@@ -192,6 +201,12 @@ def auto_dtype(box: Machine) -> str:
 
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
+
+
+def cores_for(te: int, threads: int, usable: set[int]) -> list[int]:
+    """The cores that the threads of the TE numbered `te` are pinned to: TEs take turns around the usable ones."""
+    cores = sorted(usable)
+    return [cores[(te * threads + i) % len(cores)] for i in range(threads)]
 
 
 def threads_for(config: Config, box: Machine) -> int:

@@ -67,13 +67,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences a TE runs at once")] = 64
-    max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20, description="tokens a step computes at most")] = 1024
+    max_num_batched_tokens: Annotated[int, Meta(ge=16, le=1 << 20)] | None = None
     max_num_queued_reqs: Annotated[
         int, Meta(ge=0, description="requests held beyond what the TEs run; one more gets 429 with Retry-After")
     ] = 512
     block_size: Annotated[int, Meta(ge=1, le=1024)] | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
     tensor_parallel_size: Annotated[int, Meta(ge=1, description="devices that share one TE's model (1 for now)")] = 1
+    pin_threads: Annotated[
+        bool,
+        Meta(
+            description="keep each compute thread on a core of its own (compiled cpu kernels; for machines that do nothing else)"
+        ),
+    ] = False
     te: Annotated[int, Meta(ge=1, le=256, description="number of task executors")] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     async_scheduling: Annotated[
@@ -94,6 +100,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 # Fields whose default is resolved later carry no bounds in their Optional wrapper that argparse could show; their help:
 AUTO_HELP = {
+    "max_num_batched_tokens": "tokens a step computes at most (default: 256 on cpu, or --max-num-seqs where that is more)",
     "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
     "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu)",
     "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",

@@ -77,12 +77,14 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
         marked = now
 
     inbox.beat()
-    device = open_device(config.device, config.dtype, birth.threads, birth.manifest.format)
+    cores = capacity.cores_for(birth.te, birth.threads, os.sched_getaffinity(0)) if config.pin_threads else None
+    device = open_device(config.device, config.dtype, birth.threads, birth.manifest.format, cores)
     model = models.build(birth.model_config)
     mark("te_pre_load")
     mapped = weights.map_slabs(birth.manifest, birth.slabs)
     tensors = {name: device.weight(parts) for name, parts in mapped.items()}
     assert config.max_model_len and config.block_size and config.kv_cache_memory_bytes, "the Config is not resolved"
+    assert config.max_num_batched_tokens, "the Config is not resolved"
     model.bind(device, tensors, config.max_model_len)
     mark("te_load")
     block_bytes = capacity.kv_bytes_per_token(model, config.dtype) * config.block_size

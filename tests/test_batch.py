@@ -69,16 +69,36 @@ def test_a_long_prompt_starves_nobody():
     assert sequence_id(2, 0) in engine.texts, "the short prompt must have its first token after one step"
 
 
-def test_share_is_fair_and_spends_the_budget():
+def test_share_spends_the_budget_on_the_shortest_and_moves_the_first_on():
     class Fake:
         def __init__(self, want):
             self.target, self.done, self.scores = want, 0, None
 
-    for budget, wants in ((10, [3, 100, 100]), (7, [1, 1, 1]), (5, [9, 9, 9]), (2, [5, 5, 5])):
-        given_out = [n for _, n in share([Fake(w) for w in wants], budget)]
-        assert sum(given_out) == min(budget, sum(wants))
-        unmet = [n for n, w in zip(given_out, wants, strict=False) if n < w]
-        assert not unmet or max(unmet) - min(unmet) <= 1
+    for budget, wants, given_out in (
+        (12, [100, 3, 100, 2], [7, 3, 0, 2]),  # a quarter, and what the short ones leave: it is the first of its length
+        (12, [100, 8, 8], [3, 8, 1]),
+        (7, [1, 1, 1], [1, 1, 1]),
+        (5, [9, 9, 9], [5, 0, 0]),
+        (1, [9, 1], [1, 0]),
+        (4, [], []),
+    ):
+        sequences = [Fake(w) for w in wants]
+        found = share(sequences, budget)
+        assert [{id(s): n for s, n in found}.get(id(s), 0) for s in sequences] == given_out
+        assert sum(n for _, n in found) == min(budget, sum(wants))
+
+
+@BOTH
+def test_prompts_that_begin_alike_wait_for_the_first(overlapped):
+    """Arrived together, they compute their common blocks once."""
+    engine = Engine(max_tokens=64, max_len=128, blocks=128)
+    common = [i % VOCAB for i in range(40)]
+    for task in range(1, 6):
+        engine.start(task, [*common, task, task + 1], 5)
+    engine.run(overlapped)
+    for task in range(1, 6):
+        assert engine.texts[sequence_id(task, 0)] == text_of([*common, task, task + 1], 5)
+    assert engine.device.tokens_run < 5 * (42 + 5) / 2, "each would compute its forty tokens"
 
 
 @BOTH

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.capacity import PROCESS_BYTES, Machine, kv_bytes_per_token, machine, resolve, threads_for
+from engine.capacity import PROCESS_BYTES, Machine, cores_for, kv_bytes_per_token, machine, resolve, threads_for
 from engine.config import Config
 from engine.types import OutOfMemory, UserError
 
@@ -25,7 +25,9 @@ def test_automatic_values_are_resolved_with_their_reasons():
     assert (
         config.kv_cache_memory_bytes == 4 * GIB // (46080 * 16) * (46080 * 16) and kv_bytes_per_token(Shape(), "float32") == 46080
     )
-    assert set(why) == {"device", "dtype", "block_size", "max_model_len", "kv_cache_memory_bytes"}
+    assert set(why) == {"device", "dtype", "block_size", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes"}
+    assert config.max_num_batched_tokens == 256
+    assert resolve(Config(max_num_seqs=300), Shape(), GIB // 2, Machine(20 * GIB, 2))[0].max_num_batched_tokens == 300
 
 
 def test_a_small_machine_gets_a_shorter_context_and_says_so():
@@ -79,3 +81,22 @@ def test_threads_are_divided_among_tes():
 def test_this_machine_can_be_read():
     box = machine()
     assert box.cores >= 1 and 0 < box.free_bytes < 1 << 50
+
+
+def test_what_only_the_compiled_kernels_do():
+    compiled, reference = Machine(20 * GIB, 2, compiled=True), Machine(20 * GIB, 2)
+    for box, settings, names in (
+        (reference, {"quantization": "int8"}, "--quantization int8 needs"),
+        (compiled, {"quantization": "int8", "dtype": "float32"}, "--quantization int8 needs"),
+        (reference, {"pin_threads": True}, "--pin-threads"),
+        (compiled, {"block_size": 24}, "multiple of 16"),
+    ):
+        with pytest.raises(UserError, match=names):
+            resolve(Config(**settings), Shape(), GIB // 2, box)
+    resolve(Config(block_size=24), Shape(), GIB // 2, reference)
+    resolve(Config(block_size=48, quantization="int8", pin_threads=True), Shape(), GIB // 2, compiled)
+
+
+def test_tes_take_turns_around_the_cores():
+    assert [cores_for(te, 2, {0, 1, 4, 5}) for te in range(3)] == [[0, 1], [4, 5], [0, 1]]
+    assert cores_for(1, 3, {2, 7}) == [7, 2, 7]

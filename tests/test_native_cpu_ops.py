@@ -176,8 +176,12 @@ class Model:
         for s, n in enumerate(per):
             self.tables[s, :n] = order[sum(per[:s]) :][:n]
         groups = (sum(per) + 3) * self.block_size // 16
-        self.keys = np.full((groups, self.kv_heads, self.dim // 2, 16, 2), 0x7FC1, np.uint16)  # nan
-        self.values = np.full((groups, self.kv_heads, 8, self.dim, 2), 0x7FC1, np.uint16)
+        # Of two layers side by side in each group the second is this one.
+        each = self.kv_heads * self.dim * 16
+        self.stride = 4 * each
+        self.memory = np.full((groups, 4 * each), 0x7FC1, np.uint16)  # nan
+        self.keys = self.memory[:, 2 * each : 3 * each].reshape(groups, self.kv_heads, self.dim // 2, 16, 2)
+        self.values = self.memory[:, 3 * each :].reshape(groups, self.kv_heads, 8, self.dim, 2)
 
     def stored(self, s: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a sequence as the cache holds them: bf16 bits [length, Hk, D]."""
@@ -207,7 +211,13 @@ class Model:
             "cos_sin": self.cos_sin,
         }
         out = np.full((len(x), self.heads * self.dim), 0x7FC1, np.uint16)
-        shape = {"x": x, "y": self.keys, "b": self.values, "i": [self.heads, self.kv_heads, self.dim, self.window]}
+        shape = {
+            "x": x,
+            "y": self.keys.ctypes.data,
+            "b": self.values.ctypes.data,
+            "n": self.stride,
+            "i": [self.heads, self.kv_heads, self.dim, self.window],
+        }
         run(team, cpu.ROPE_STORE, step, **shape)
         self.rotated = x
         run(team, cpu.ATTENTION, step, out=out, f=[self.dim**-0.5], **shape)
@@ -271,7 +281,9 @@ def test_rope_store_and_attention(team, model):
         atol = np.abs(widen(values)).max() * 2**-9 if halves else 2e-5
         np.testing.assert_allclose(widen(outs[s]), model.expected(s, halves), rtol=2**-8 * 1.02, atol=atol)
     written = sum(model.lengths) * model.kv_heads * model.dim
-    assert (model.keys != 0x7FC1).sum() == written, "a slot that is nobody's was written"
+    assert (model.keys != 0x7FC1).sum() == (model.values != 0x7FC1).sum() == (model.memory != 0x7FC1).sum() / 2 == written, (
+        "a slot that is nobody's was written"
+    )
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}")

@@ -209,12 +209,15 @@ class Device(Protocol):
     def take_rows(self, out: Tensor, x: Tensor, rows: Tensor) -> None: ...
 
 
-def open_device(name: str, dtype: str, threads: int, weights: WeightFormat = "rows") -> Device:
-    """The device called `name` that reads packed `weights`. Raises `UserError` for one that isn't there."""
+def open_device(
+    name: str, dtype: str, threads: int, weights: WeightFormat = "rows", cores: Sequence[int] | None = None
+) -> Device:
+    """The device called `name` that reads packed `weights`; `cores`: where the compiled kernels' threads are pinned. Raises
+    `UserError` for one that isn't there."""
     if name == "cpu" and weights == "panels":
         from engine.devices.cpu_native import NativeCpuDevice
 
-        return NativeCpuDevice(threads)
+        return NativeCpuDevice(threads, cores)
     if name == "cpu":
         from engine.devices.cpu import CpuDevice
 

@@ -8,13 +8,13 @@ sequence's logits depend on that sequence alone, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from engine.models import WeightPart
 from engine.native import cpu
 from engine.types import OutOfMemory, UserError
 
+MAP_NORESERVE = 0x4000  # Linux; Python 3.11's mmap has no name for it. Memory is committed as blocks are first used
 KV_GROUP = 16  # native/cpu/cpu.h: tokens that lie together in the cache
 LARGEST_VOCABULARY = (4 << 20) // 12  # native/cpu/sample.inc.h: three rows of logits fit a thread's scratch
 
@@ -59,24 +60,33 @@ class Buffer:
     half: int = 0  # address of bfloat16 [rows, width]
 
 
-class NativeKVCache:
-    """K and V of every layer, bfloat16 in the kernels' layout, in one memfd; pages are committed when first touched."""
+class LayerKV(NamedTuple):
+    """One layer's caches."""
 
-    def __init__(self, shape: tuple[int, ...]):
-        self.nbytes = int(np.prod(shape)) * 2
+    keys: int  # address
+    values: int
+    stride: int  # bfloat16 values from one group of tokens to the next
+
+
+class NativeKVCache:
+    """K and V, bfloat16 in the kernels' layout, a block's layers side by side. Pages are committed when first touched: huge ones
+    where the system gives them, which spares most page faults and misses of address translation."""
+
+    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int):
+        each = KV_GROUP * kv_heads * head_dim  # values of a group in one layer's keys, or values
+        self.nbytes = blocks * block_size // KV_GROUP * layers * 2 * each * 2
         try:
-            self.fd = os.memfd_create("kv-cache", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.nbytes)
-            self.memory = mmap.mmap(self.fd, self.nbytes)
+            self.memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as e:
             raise OutOfMemory(
                 f"--kv-cache-memory-bytes {self.nbytes}: can't be mapped ({e}); use less", "kv_cache_memory_bytes"
             ) from None
-        base = address_of(self.memory)
-        half = self.nbytes // shape[0] // 2
-        self._layers = [(base + 2 * i * half, base + (2 * i + 1) * half) for i in range(shape[0])]
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        base, stride = address_of(self.memory), layers * 2 * each
+        self._layers = [LayerKV(base + 4 * i * each, base + (4 * i + 2) * each, stride) for i in range(layers)]
 
-    def layer(self, index: int) -> tuple[int, int]:
+    def layer(self, index: int) -> LayerKV:
         return self._layers[index]
 
 
@@ -111,8 +121,9 @@ class NativeCpuDevice:
     name = "cpu"
     block_size = 16
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, cores: Sequence[int] | None = None):
         self.threads = threads
+        self.cores = cores
         self.memory: dict[str, mmap.mmap] = {}
         self.buffers: dict[tuple[str, Rows], Buffer] = {}
         self.program: list[cpu.Op] | None = None
@@ -131,7 +142,7 @@ class NativeCpuDevice:
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> NativeKVCache:
         assert block_size % KV_GROUP == 0, "capacity.resolve lets no other through"
         self.kv_block = block_size
-        return NativeKVCache((layers, 2, blocks, block_size, kv_heads, head_dim))
+        return NativeKVCache(layers, blocks, block_size, kv_heads, head_dim)
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         if vocab > LARGEST_VOCABULARY:
@@ -212,7 +223,7 @@ class NativeCpuDevice:
                 for kind, struct in ((cpu.SAMPLE, sampled), (cpu.SCORE, scored))
             ]
             self.frames.append(Frame((cpu.Op * (len(self.program) + 2))(*self.program, *last), sampled, scored))
-        self.team = cpu.Team(self.threads)
+        self.team = cpu.Team(self.threads, self.cores)
 
     def close(self) -> None:
         """Wait for launched steps and end the threads."""
@@ -259,20 +270,20 @@ class NativeCpuDevice:
         self.add(cpu.HEAD_NORM, qkv.rows, x=self.full(qkv), w=q_weight.address, y=k_weight.address, i=(heads, kv_heads, dim), f=f)
 
     def rope_store(
-        self, qkv: Buffer, positions: None, cos_sin: np.ndarray, kv: tuple[int, int], kv_slots: None, heads: int, kv_heads: int
+        self, qkv: Buffer, positions: None, cos_sin: np.ndarray, kv: LayerKV, kv_slots: None, heads: int, kv_heads: int
     ) -> None:
         assert self.cos_sin is None or self.cos_sin is cos_sin, "one rope table a model"
         self.cos_sin = cos_sin
         dim = qkv.width // (heads + 2 * kv_heads)
-        self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), y=kv[0], b=kv[1], i=(heads, kv_heads, dim))
+        self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), y=kv.keys, b=kv.values, n=kv.stride, i=(heads, kv_heads, dim))
 
     def attention(
-        self, out: Buffer, qkv: Buffer, kv: tuple[int, int], attention: None, heads: int, kv_heads: int, scale: float, window: int
+        self, out: Buffer, qkv: Buffer, kv: LayerKV, attention: None, heads: int, kv_heads: int, scale: float, window: int
     ) -> None:
         dim = qkv.width // (heads + 2 * kv_heads)
         f = (ctypes.c_float * 2)(scale)
         i = (heads, kv_heads, dim, window)
-        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), y=kv[0], b=kv[1], i=i, f=f)
+        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), y=kv.keys, b=kv.values, n=kv.stride, i=i, f=f)
 
     def swiglu(self, out: Buffer, gate_up: Buffer) -> None:
         self.add(cpu.SWIGLU, out.rows, out=self.half(out), x=self.full(gate_up), n=out.width)

@@ -221,10 +221,10 @@ DS_INLINE void find_groups(const ds_step *step, int64_t sequence, int64_t start,
 }
 
 DS_INLINE void point(Rows *rows, const ds_op *op, const int64_t *groups, int64_t head) {
-    const int64_t kv_heads = op->i[1], run = op->i[2] * DS_KV_GROUP;
+    const int64_t run = op->i[2] * DS_KV_GROUP, stride = op->n ? op->n : op->i[1] * run;
     for (int g = 0; g < GROUPS; g++) {
-        rows->keys[g] = (const ds_bf16 *)op->y + (groups[g] * kv_heads + head) * run;
-        rows->values[g] = (const ds_bf16 *)op->b + (groups[g] * kv_heads + head) * run;
+        rows->keys[g] = (const ds_bf16 *)op->y + groups[g] * stride + head * run;
+        rows->values[g] = (const ds_bf16 *)op->b + groups[g] * stride + head * run;
     }
 }
 

@@ -58,7 +58,8 @@ typedef struct ds_step {
 
 // A layer's caches hold tokens in groups of DS_KV_GROUP (a block is some whole groups), each head's by itself, two values in a
 // word as they will be multiplied: keys bf16 [slots / 16][kv_heads][head_dim / 2][16][2], two dimensions of a token;
-// values bf16 [slots / 16][kv_heads][16 / 2][head_dim][2], one dimension of two tokens. head_dim is even.
+// values bf16 [slots / 16][kv_heads][16 / 2][head_dim][2], one dimension of two tokens. head_dim is even. From one group to the
+// next it is ds_op.n bf16 values, or 0 where nothing lies between them: a block can hold all layers side by side.
 enum { DS_KV_GROUP = 16 };
 
 // A member's view of the team while it runs one operator.

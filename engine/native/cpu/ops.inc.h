@@ -333,7 +333,7 @@ static void rope_store(const ds_op *op, const ds_step *step, ds_team *team) {
         for (int64_t h = 0; h < heads + kv_heads; h++) rotate(x + h * dim, turn, dim / 2);
         const float *k = x + heads * dim, *v = k + kv_heads * dim;
         const int64_t slot = step->kv_slots[t], lane = slot % DS_KV_GROUP;
-        const int64_t group = slot / DS_KV_GROUP * kv_heads * dim * DS_KV_GROUP;
+        const int64_t group = slot / DS_KV_GROUP * (op->n ? op->n : kv_heads * dim * DS_KV_GROUP);
         ds_bf16 halves[2 * WIDTH];
         for (int64_t h = 0; h < kv_heads; h++) {
             uint32_t *keys = (uint32_t *)((ds_bf16 *)op->y + group) + h * dim / 2 * DS_KV_GROUP + lane;

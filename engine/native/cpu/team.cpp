@@ -1,7 +1,8 @@
 // The team of threads that runs a program of operators (cpu.h), and the choice of instruction set.
 //
 // Programs are launched into a queue, which member 0 works off in order: while one runs, the next can wait behind it, so that
-// nothing the caller does between two steps keeps the processor waiting. An operator is done when all of its chunks have been taken and whoever took one has left it: a member that comes late, because the system let its core do
+// nothing the caller does between two steps keeps the processor waiting. An operator is done when all of its chunks have
+// been taken and whoever took one has left it: a member that comes late, because the system let its core do
 // something else, finds nothing to take and holds nobody up. Who waits (for a program, or for the others to finish their
 // chunks) spins for SPIN_NS and then sleeps on a futex, so that an idle team takes no processor time and two teams on the
 // same cores don't keep each other from running.
@@ -235,7 +236,8 @@ extern "C" void ds_team_free(void *team) {
     free(crew);
 }
 
-// A team of `threads` members; `cores`: where each of them is pinned, or null. Null where the system gives no memory or no threads.
+// A team of `threads` members; `cores`: where each of them is pinned, or null. Null where the system gives no memory or no
+// threads.
 extern "C" void *ds_team_new(int threads, const int *cores) {
     Crew *crew = (Crew *)aligned_alloc(64, sizeof(Crew));
     if (!crew) return nullptr;
