@@ -109,9 +109,8 @@ DS_INLINE float widen(ds_bf16 x) {
 // Within 2 units in the last place; exact at 0. Below 2^-125 the result is 0. Infinities and what is not a number
 // behave as in libm, but that anything above 2^127 is infinite.
 
-// 2^f * 2^n for |f| <= 0.5 and n in [-125, 127], by adding n to the exponent.
-DS_INLINE F scaled_exp2(F f, I n) {
-    // Taylor's terms of 2^f as far as they show in a float: ln(2)^i / i!
+// 2^f for |f| <= 0.5: Taylor's terms as far as they show in a float, ln(2)^i / i!
+DS_INLINE F small_exp2(F f) {
     F p = splat(1.5403530393e-4f);
     p = fma(p, f, splat(1.3333558146e-3f));
     p = fma(p, f, splat(9.6181291076e-3f));
@@ -119,6 +118,25 @@ DS_INLINE F scaled_exp2(F f, I n) {
     p = fma(p, f, splat(2.4022650696e-1f));
     p = fma(p, f, splat(6.9314718056e-1f));
     p = fma(p, f, splat(1.0f));
+    return p;
+}
+
+// e^r for |r| <= 0.35, likewise.
+DS_INLINE F small_exp(F r) {
+    F p = splat(1.9841270e-4f);
+    p = fma(p, r, splat(1.3888889e-3f));
+    p = fma(p, r, splat(8.3333333e-3f));
+    p = fma(p, r, splat(4.1666668e-2f));
+    p = fma(p, r, splat(1.6666667e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    return p;
+}
+
+// 2^f * 2^n for |f| <= 0.5 and n in [-125, 127], by adding n to the exponent.
+DS_INLINE F scaled_exp2(F f, I n) {
+    F p = small_exp2(f);
     return (F)((I)p + (n << 23));
 }
 
@@ -130,13 +148,7 @@ DS_INLINE F scaled_exp2(F f, I n) {
 // takes care of all that is too large, too small, infinite or not a number.
 DS_INLINE F exp2_of(F x) {
     F f = (F)_mm512_reduce_ps((__m512)x, 0);
-    F p = splat(1.5403530393e-4f);
-    p = fma(p, f, splat(1.3333558146e-3f));
-    p = fma(p, f, splat(9.6181291076e-3f));
-    p = fma(p, f, splat(5.5504108665e-2f));
-    p = fma(p, f, splat(2.4022650696e-1f));
-    p = fma(p, f, splat(6.9314718056e-1f));
-    p = fma(p, f, splat(1.0f));
+    F p = small_exp2(f);
     return (F)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
 }
 #else
@@ -160,15 +172,7 @@ DS_INLINE F exp_of(F x) {
     r = fma(n, splat(2.12194440e-4f), r);
     // Beyond what a float can hold n decides alone; what is not a number stays so.
     r = smaller(larger(r, splat(-0.35f)), splat(0.35f));
-    // e^r by Taylor's terms
-    F p = splat(1.9841270e-4f);
-    p = fma(p, r, splat(1.3888889e-3f));
-    p = fma(p, r, splat(8.3333333e-3f));
-    p = fma(p, r, splat(4.1666668e-2f));
-    p = fma(p, r, splat(1.6666667e-1f));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
+    F p = small_exp(r);
     p = (F)_mm512_scalef_ps((__m512)p, (__m512)n);
     return x == x ? p : x;
 }
@@ -181,15 +185,7 @@ DS_INLINE F exp_of(F x) {
     I n = (I)rounded - (I)splat(DS_ROUND);
     F r = fma(whole, splat(-0.693359375f), inside);
     r = fma(whole, splat(2.12194440e-4f), r);
-    // e^r by Taylor's terms: |r| <= 0.35
-    F p = splat(1.9841270e-4f);
-    p = fma(p, r, splat(1.3888889e-3f));
-    p = fma(p, r, splat(8.3333333e-3f));
-    p = fma(p, r, splat(4.1666668e-2f));
-    p = fma(p, r, splat(1.6666667e-1f));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
+    F p = small_exp(r);
     F y = (F)((I)p + (n << 23));
     y = x < -86.6f ? F{} : y;
     y = x > 88.0f ? splat(__builtin_inff()) : y;
