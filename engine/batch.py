@@ -48,8 +48,8 @@ from engine.types import (
 SCORED_CHUNK = 128
 
 # With more sequences than this nobody speculates, since rows cost arithmetic then and not bytes. Recorded texts of
-# SmolLM2-135M replayed with the costs of a step on two cores (6 ms, and 0.55 ms a row): with 8 sequences decoding is 0.98 to
-# 1.5 times as fast, with 16 it is 0.96 to 1.2 times.
+# SmolLM2-135M replayed with assumed costs of a step (6 ms, and 0.55 ms a row: a rough fit on two cores): with 8 sequences
+# decoding is 0.98 to 1.5 times as fast, with 16 it is 0.96 to 1.2 times.
 SPECULATING_SEQS = 8
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -279,6 +280,15 @@ def packed_kind(stored: str, matrix: bool, packing: Packing) -> str:
     return packing.dtype
 
 
+def packed_dtype(checkpoint: Checkpoint, spec: WeightSpec, packing: Packing, tied: bool, source: str) -> str:
+    """What a source of a spec is packed as; `tied`: the embedding is the head's matrix too."""
+    if spec.kind == "vector":
+        return "float32"
+    if packing.format == "rows":
+        return packing.dtype
+    return packed_kind(checkpoint.dtype(source), spec.kind == "matrix" or tied, packing)
+
+
 def layout(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing) -> list[Piece]:
     """What `pack` writes, in order. Raises `UserError` where the checkpoint doesn't fit the specs."""
     from engine.native import cpu
@@ -288,26 +298,23 @@ def layout(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing
     pieces: list[Piece] = []
     for spec in specs:
         check_present(checkpoint, spec)
-        panels = packing.format == "panels" and spec.kind != "vector"
-        matrix = spec.kind == "matrix" or (spec.kind == "embedding" and tied)
-
-        def kind(source: str, vector: bool = spec.kind == "vector", panels: bool = panels, matrix: bool = matrix) -> str:
-            if vector:
-                return "float32"
-            return packed_kind(checkpoint.dtype(source), matrix, packing) if panels else packing.dtype
-
-        for dtype, alike in groupby(spec.sources, kind):
+        format: WeightFormat = "rows" if spec.kind == "vector" else packing.format
+        for dtype, alike in groupby(spec.sources, partial(packed_dtype, checkpoint, spec, packing, tied)):
             sources = tuple(alike)
             shape = (sum(checkpoint.shape(source)[0] for source in sources), *spec.shape[1:])
-            nbytes = cpu.packed_bytes(dtype, *shape) if panels else prod(shape) * NUMPY_DTYPE[dtype].itemsize
-            pieces.append(Piece(spec.name, dtype, shape, sources, "panels" if panels else "rows", offset, nbytes))
+            nbytes = cpu.packed_bytes(dtype, *shape) if format == "panels" else prod(shape) * NUMPY_DTYPE[dtype].itemsize
+            pieces.append(Piece(spec.name, dtype, shape, sources, format, offset, nbytes))
             offset = round_up(offset + nbytes, TENSOR_ALIGN)
     return pieces
 
 
+def slab_bytes(pieces: Sequence[Piece]) -> int:
+    return round_up(max((p.offset + p.nbytes for p in pieces), default=0), SLAB_ALIGN)
+
+
 def packed_size(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing) -> int:
     """Bytes of the slab that `pack` makes."""
-    return round_up(max((p.offset + p.nbytes for p in layout(checkpoint, specs, packing)), default=0), SLAB_ALIGN)
+    return slab_bytes(layout(checkpoint, specs, packing))
 
 
 def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, fd: int) -> Manifest:
@@ -315,7 +322,7 @@ def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, 
     pieces = layout(checkpoint, specs, packing)
     report_unused(checkpoint, specs)
     report_repacked(checkpoint, pieces)
-    size = packed_size(checkpoint, specs, packing)
+    size = slab_bytes(pieces)
     os.ftruncate(fd, size)
     slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
 
