@@ -23,6 +23,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any, TypeVar  # noqa: E402
 
 from engine.config import Config, field_help, resolve  # noqa: E402
+from engine.devices import KINDS  # noqa: E402
 from engine.types import SamplingParams, UserError  # noqa: E402
 from sched.service import AsyncLLM, Message  # noqa: E402
 from sched.stream import CompletionOutput, RequestOutput  # noqa: E402
@@ -281,6 +282,19 @@ def ask() -> str:
         return ""
 
 
+def selftest(device: str, model: str, report: Path | None) -> int:
+    """A device against its references, in this process: nothing is served."""
+    from engine.devices import selftest
+    from scale import pull
+
+    path, why_not = None, ""
+    try:
+        path = pull.pull(model, say) if model in pull.KNOWN else pull.resolve(model)
+    except UserError as e:
+        why_not = str(e)
+    return selftest.main(device, path, why_not, report, f"deepserve.py doctor --selftest --device {device} --model {model}")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="deepserve", description="LLM serving on NPUs, edge machines and CPUs.")
     top.add_argument("--version", action="version", version=__version__)
@@ -296,9 +310,15 @@ def parser() -> argparse.ArgumentParser:
     talk.add_argument("--max-tokens", type=int)
     talk.add_argument("--seed", type=int)
     commands.add_parser("pull", help="fetch a model").add_argument("name", metavar="NAME")
-    commands.add_parser("doctor", help="check what this machine has and what is missing")
-    bench = commands.add_parser("bench", help="measure: `serve` loads any server, `cpu` sets ours beside others", add_help=False)
-    bench.add_argument("what", choices=["serve", "cpu"])
+    check = commands.add_parser("doctor", help="check what this machine has and what is missing")
+    check.add_argument("--selftest", action="store_true", help="run a device against its references; some minutes")
+    check.add_argument("--device", choices=sorted(KINDS), help="of --selftest (default: cpu)")
+    check.add_argument("--model", help=f"of --selftest's texts and rates (default: {Config().model})")
+    check.add_argument("--json", type=Path, metavar="FILE", help="where --selftest writes its report too, to attach to an issue")
+    bench = commands.add_parser(
+        "bench", help="measure: `serve` loads any server, `cpu` sets ours beside others, `cuda` a GPU", add_help=False
+    )
+    bench.add_argument("what", choices=["serve", "cpu", "cuda"])
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     return top
 
@@ -323,6 +343,10 @@ def main(argv: list[str] | None = None) -> int:
 
             print(pull.pull(args.name, say))
             return 0
+        if args.selftest:
+            return selftest(args.device or "cpu", args.model or Config().model, args.json)
+        if args.device or args.model or args.json:
+            raise UserError("--device, --model and --json are for doctor --selftest; add it, or leave them out")
         from scale import doctor
 
         return doctor.main()

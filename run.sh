@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=.venv
 py=$venv/bin/python
+export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # torch-npu, where it is installed, is imported by --device npu and by nothing else
 
 say() { printf 'deepserve: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -27,6 +28,23 @@ make_venv() {
   "$python" -m venv "${site[@]}" $venv || { rm -rf $venv; die "Python's venv module is missing: install it (for example: apt install python3-venv)"; }
 }
 
+on_ascend() { # a driver, and CANN: where its set_env.sh says, or in a usual place
+  [ -e /usr/local/Ascend/driver ] || return 1
+  [ -d "${ASCEND_HOME_PATH:-/usr/local/Ascend/ascend-toolkit/latest}" ] || [ -d /usr/local/Ascend/cann ]
+}
+
+cann_environment() { # what CANN's libraries need, where the caller has not sourced it
+  local home
+  for home in "${ASCEND_HOME_PATH:-}" /usr/local/Ascend/ascend-toolkit /usr/local/Ascend/cann; do
+    if [ -n "$home" ] && [ -f "$home/set_env.sh" ]; then
+      set +eu # CANN's script reads variables that may not be set
+      . "$home/set_env.sh"
+      set -eu
+      return
+    fi
+  done
+}
+
 install() { # install <requirements file>: once for each content of the file
   local stamp=$venv/.installed-$1
   cmp -s "$1" "$stamp" && return
@@ -42,6 +60,10 @@ setup() {
     $py -m pip install --quiet --disable-pip-version-check --index-url "$2" "$(grep -o '^torch==[^ ]*' requirements.txt)" || die "pip could not install torch from $2"
   fi
   install requirements.txt
+  if on_ascend; then
+    install requirements-npu.txt
+    case ":${LD_LIBRARY_PATH:-}:" in *Ascend* | *cann*) ;; *) cann_environment ;; esac
+  fi
   compgen -G "engine/native/build/deepserve-cpu-*.so" >/dev/null || $py -m engine.native >&2
 }
 

@@ -196,7 +196,7 @@ class Matrices:
         self.programs |= {"layers": [op for layer in layers for op in layer], "head": head}
 
     def _op(self, n: int, columns: int) -> cpu.Op:
-        k = columns if self._kind in ("bfloat16", "int8") else -(-columns // (block := cpu.PANELS[self._kind][0])) * block
+        k = columns if self._kind in ("bfloat16", "int8") else -(-columns // (block := cpu.group_columns(self._kind))) * block
         size = cpu.packed_bytes(self._kind, n, k)
         raw = self._rng.integers(0, 256, size + 64, np.uint8)
         raw &= 0x3F

@@ -56,7 +56,7 @@ PASSAGE = 1500  # characters: prompts of this length and more hold an article or
 PASSAGES = "t0"  # the source whose long prompts are prose; those of others hold programs
 SEED = 0  # of the order in which passages and prompts are taken
 
-QUANTISED_BAR = 0.01  # relative difference of perplexity, for activations quantised to int8
+QUANTISED_BAR = 0.01  # relative difference of perplexity, for activations, or keys and values, quantised to int8
 BAR = 0.003  # for all else
 UNQUANTISED = ("F32", "F16", "BF16")  # stored types whose agreement has a bar
 AGREEMENT_BAR = 0.99  # share of steps
@@ -134,7 +134,7 @@ def missed_bars(row: Row) -> list[str]:
     missed = []
     if row.relative_difference is not None and abs(row.relative_difference) > row.bar:
         missed.append(f"perplexity {row.relative_difference:+.3%}, bar {row.bar:.1%}")
-    if row.agreement is None or row.stored not in UNQUANTISED or row.settings.get("quantization"):
+    if row.agreement is None or row.stored not in UNQUANTISED or row.settings.keys() & {"quantization", "kv_cache_dtype"}:
         return missed
     if row.agreement.share < AGREEMENT_BAR:
         missed.append(f"agreement {row.agreement.share:.2%}, bar {AGREEMENT_BAR:.0%}")
@@ -300,6 +300,7 @@ def default_variants(folder: Path) -> list[Variant]:
         Variant("q8_0", q8_0, {}),
         Variant("q4_1", shipped, {}),
         Variant("int8", bf16, {"quantization": "int8"}),
+        Variant("kv_int8", bf16, {"dtype": "bfloat16", "kv_cache_dtype": "int8"}),
     ]
 
 
@@ -399,7 +400,7 @@ def measure(v: Variant, reference: Reference) -> Row:
 
 
 def new_row(v: Variant, error: str = "") -> Row:
-    bar = QUANTISED_BAR if v.settings.get("quantization") == "int8" else BAR
+    bar = QUANTISED_BAR if "int8" in (v.settings.get("quantization"), v.settings.get("kv_cache_dtype")) else BAR
     return Row(v.name, v.model.name, v.settings, stored=stored_type(v.model), bar=bar, error=error)
 
 

@@ -362,7 +362,7 @@ class Batch:
         many held."""
         seq, draft = work.seq, work.draft
         sampled = out.ids[row : row + 1 + len(draft)]
-        held = agreeing(draft, sampled)
+        held = agreeing(draft, sampled) if len(draft) else 0
         if self.speculation is not None:
             self.judge(seq, draft, held, int(sampled[0]))
         for i in range(held + 1):

@@ -12,22 +12,26 @@ from pathlib import Path
 
 import msgspec
 
+from engine import devices
 from engine.config import Config
-from engine.devices import default_block_size
 from engine.models import Model
 from engine.native import cpu
-from engine.types import OutOfMemory, UserError
+from engine.types import OutOfMemory, Packing, UserError
 
 log = logging.getLogger(__name__)
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Without a setting a TE's KV cache may grow to this share of the memory that is free after the weights: the box has other users.
 FREE_SHARE = 0.5
 # ... and to no more than this, as vLLM's CPU backend has it; memory is committed as blocks are first written.
 AUTO_KV_BYTES = 4 << 30
-# Tokens of a step: matrix products are as efficient with 256 rows as with more, and a step of so many takes some 90 ms for the
-# default model on two cores, which is what a decode waits for when prompts come in.
-AUTO_BATCHED_TOKENS = 256
+# KV memory that RTC puts to use before it recycles idle blocks: a share of all, by default 22 000 tokens of the default model,
+# and at least so many bytes. It grows with what is asked for again.
+REACH_SHARE = 1 / 8
+REACH_BYTES = 256 << 20
+# An accelerator's memory has no other users: a TE's KV cache takes this share of what is free once the weights are there. The
+# rest is for activations, logits, the sampler's rows and captured graphs.
+OWN_SHARE = 0.85
 # Kept for the interpreter, libraries and activations of one TE. Measured: torch and a 135M model's buffers take about 0.4 GB;
 # a TE on the compiled kernels has no torch and takes a tenth.
 PROCESS_BYTES = 512 << 20
@@ -41,8 +45,9 @@ class Machine(msgspec.Struct, frozen=True):
     compiled: bool = False  # the compiled CPU kernels are there, for this processor
 
 
-def machine() -> Machine:
-    """Read from the kernel: MemAvailable, the cgroup's memory and CPU limits, this process's affinity."""
+def machine(kernels: bool = True) -> Machine:
+    """Read from the kernel: MemAvailable, the cgroup's memory and CPU limits, this process's affinity. `kernels`: look for the
+    compiled CPU kernels too, and build them where they are missing."""
     free = 1 << 62
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -57,7 +62,7 @@ def machine() -> Machine:
             cores = max(1, min(cores, int(int(quota) / int(period))))
     except (OSError, ValueError):
         pass
-    return Machine(free, cores, has_compiled_kernels())
+    return Machine(free, cores, kernels and has_compiled_kernels())
 
 
 def has_compiled_kernels() -> bool:
@@ -87,53 +92,70 @@ def gib(n: float) -> str:
     return f"{n / (1 << 30):.2f} GiB"
 
 
-def kv_bytes_per_token(model: Model, dtype: str) -> int:
-    """K and V of one token in every layer."""
-    return 2 * model.layers * model.kv_heads * model.head_dim * ITEM_BYTES[dtype]
+def kv_bytes_per_token(model: Model, dtype: str, kv_dtype: str = "auto") -> int:
+    """K and V of one token in every layer, for --dtype and --kv-cache-dtype; integers have a scale of two bytes a head."""
+    head = model.head_dim + 2 if kv_dtype == "int8" else model.head_dim * ITEM_BYTES[dtype]
+    return 2 * model.layers * model.kv_heads * head
+
+
+def packing(config: Config, box: Machine) -> Packing:
+    """How the weights are packed for the device and dtype that `config` means here. Raises `UserError`."""
+    device, _ = devices.choose(config.device)
+    dtype = devices.auto_dtype(device, box.compiled)[0] if config.dtype == "auto" else config.dtype
+    return Packing(dtype, devices.weight_format(device, dtype, box.compiled), config.quantization)
 
 
 def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tuple[Config, dict[str, str]]:
-    """A Config without automatic values, and for each field resolved here why it has its value.
+    """A Config without automatic values, and for each field resolved here why it has its value. Where the device has memory of
+    its own, only the TE that opens it can say how large the KV cache is (`own_kv_bytes`): that one stays open.
 
     Raises `OutOfMemory` or `UserError` naming the flag and a value that works."""
     why: dict[str, str] = {}
+    device, reason = devices.choose(config.device)
+    if reason:
+        why["device"] = reason
+    kind = devices.kind(device)
     if config.tensor_parallel_size != 1:
         raise UserError(
             "--tensor-parallel-size: only 1 is supported so far; use --te N for more executors", "tensor_parallel_size"
         )
-    tokens = config.max_num_batched_tokens or max(AUTO_BATCHED_TOKENS, config.max_num_seqs)
+    tokens = config.max_num_batched_tokens or max(kind.step_tokens, config.max_num_seqs)
     if config.max_num_batched_tokens is None:
-        why["max_num_batched_tokens"] = "a short step on cpu" if tokens == AUTO_BATCHED_TOKENS else "one token for each sequence"
+        enough = tokens == kind.step_tokens
+        why["max_num_batched_tokens"] = kind.why_step_tokens if enough else "one token for each sequence"
     if tokens < config.max_num_seqs:
         raise UserError(
             f"--max-num-batched-tokens {tokens} is less than --max-num-seqs {config.max_num_seqs}: every"
             f" running sequence needs one token a step; use --max-num-batched-tokens {config.max_num_seqs} or more",
             "max_num_batched_tokens",
         )
-    device = "cpu" if config.device == "auto" else config.device
-    if config.device == "auto":
-        why["device"] = "no accelerator backend in this build"
     dtype = config.dtype
     if dtype == "auto":
-        dtype = auto_dtype(box)
-        why["dtype"] = "the compiled kernels' precision on cpu" if box.compiled else "the reference operators' precision on cpu"
-    if config.quantization == "int8" and not (box.compiled and dtype == "bfloat16"):
-        lacks = f"--dtype {dtype}" if box.compiled else "this machine's reference operators"
-        raise UserError(
-            f"--quantization int8 needs the compiled cpu kernels with --dtype bfloat16; {lacks} can't: leave it out",
-            "quantization",
-        )
-    if config.pin_threads and not (box.compiled and dtype == "bfloat16"):
+        dtype, why["dtype"] = devices.auto_dtype(device, box.compiled)
+    if dtype not in kind.dtypes:
+        raise UserError(f"--dtype {dtype}: --device {device} has {', '.join(kind.dtypes)}", "dtype")
+    if config.quantization == "int8" and (needs := devices.int8_needs(device, dtype, box.compiled)):
+        raise UserError(f"--quantization int8 needs {needs}", "quantization")
+    panels = devices.weight_format(device, dtype, box.compiled) == "panels"
+    if needs := devices.kv_dtype_needs(device, dtype, config.kv_cache_dtype, box.compiled):
+        raise UserError(f"--kv-cache-dtype {config.kv_cache_dtype} needs {needs}", "kv_cache_dtype")
+    if config.pin_threads and not panels:
         raise UserError("--pin-threads: only the compiled cpu kernels' threads can be pinned; leave it out", "pin_threads")
-    block_size = config.block_size or default_block_size(device)
-    if box.compiled and dtype == "bfloat16" and block_size % 16:
+    block_size = config.block_size or kind.block_size
+    if panels and block_size % 16:
         raise UserError(
             f"--block-size {block_size}: the compiled cpu kernels read keys in groups of 16; use a multiple of 16", "block_size"
+        )
+    if block_size % kind.block_multiple or block_size > kind.largest_block:
+        raise UserError(
+            f"--block-size {block_size}: --device {device} reads blocks of {kind.block_multiple} to {kind.largest_block} tokens,"
+            f" in multiples of {kind.block_multiple}; leave it out for {kind.block_size}",
+            "block_size",
         )
     if config.block_size is None:
         why["block_size"] = f"what {device} likes"
 
-    block_bytes = kv_bytes_per_token(model, dtype) * block_size
+    block_bytes = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * block_size
     free = box.free_bytes - weight_bytes - PROCESS_BYTES * config.te
     if free <= 0:
         raise OutOfMemory(
@@ -142,6 +164,14 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
             + (" Use --dtype bfloat16 or a smaller model." if dtype == "float32" else " Use a smaller model."),
             "dtype" if dtype == "float32" else "model",
         )
+    resolved = msgspec.structs.replace(config, device=device, dtype=dtype, block_size=block_size, max_num_batched_tokens=tokens)
+    if kind.own_memory:
+        check_length(config.max_model_len, model)
+        if config.max_model_len is None:
+            why["max_model_len"] = "the model's own limit"
+        if config.kv_cache_memory_bytes is None:
+            why["kv_cache_memory_bytes"] = f"{OWN_SHARE:.0%} of what the {device} has free beside the weights"
+        return msgspec.structs.replace(resolved, max_model_len=config.max_model_len or model.max_len), why
     room = free // config.te
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > room:
         raise OutOfMemory(
@@ -152,12 +182,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         )
     budget = config.kv_cache_memory_bytes or min(int(room * FREE_SHARE), AUTO_KV_BYTES)
     asked = config.max_model_len
-    if asked is not None and asked > model.max_len:
-        raise UserError(
-            f"--max-model-len {asked} is more than the {model.max_len} positions the model was made for;"
-            f" use {model.max_len} or less",
-            "max_model_len",
-        )
+    check_length(asked, model)
     if config.kv_cache_memory_bytes is None and asked is not None:
         # An explicit context is worth more memory than the cautious default share.
         budget = max(budget, min(room, blocks_for(asked, block_size) * block_bytes))
@@ -182,25 +207,46 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     blocks = min(budget // block_bytes, config.max_num_seqs * blocks_for(length, block_size))
     if config.kv_cache_memory_bytes is None:
         why["kv_cache_memory_bytes"] = f"{blocks} blocks: of {gib(box.free_bytes)} free memory, for {config.te} TE"
-    resolved = msgspec.structs.replace(
-        config,
-        device=device,
-        dtype=dtype,
-        block_size=block_size,
-        max_num_batched_tokens=tokens,
-        max_model_len=length,
-        kv_cache_memory_bytes=blocks * block_bytes,
-    )
-    return resolved, why
+    return msgspec.structs.replace(resolved, max_model_len=length, kv_cache_memory_bytes=blocks * block_bytes), why
 
 
-def auto_dtype(box: Machine) -> str:
-    """What --dtype auto means on this machine."""
-    return "bfloat16" if box.compiled else "float32"
+def check_length(asked: int | None, model: Model) -> None:
+    if asked is not None and asked > model.max_len:
+        raise UserError(
+            f"--max-model-len {asked} is more than the {model.max_len} positions the model was made for;"
+            f" use {model.max_len} or less",
+            "max_model_len",
+        )
+
+
+def own_kv_bytes(config: Config, model: Model, free: int) -> int:
+    """Bytes of KV cache in a device's own memory, of which `free` are left beside the weights; `config` is resolved.
+
+    Raises `OutOfMemory` where no text of --max-model-len would fit."""
+    assert config.block_size and config.max_model_len
+    block_bytes = kv_bytes_per_token(model, config.dtype, config.kv_cache_dtype) * config.block_size
+    needed = blocks_for(config.max_model_len, config.block_size)
+    asked = config.kv_cache_memory_bytes
+    blocks = (asked if asked is not None else int(free * OWN_SHARE)) // block_bytes
+    if blocks < needed:
+        less = f"--max-model-len {blocks * config.block_size} would fit" if blocks else "not one block fits: use a smaller model"
+        more = f"; or --kv-cache-memory-bytes {needed * block_bytes}" if asked is not None else ""
+        raise OutOfMemory(
+            f"--max-model-len {config.max_model_len} needs {gib(needed * block_bytes)} of KV cache a TE and"
+            f" {gib(blocks * block_bytes)} is there ({gib(free)} free on the {config.device} beside the weights); {less}{more}",
+            "max_model_len",
+        )
+    # More than every sequence at full length is never used.
+    return min(blocks, config.max_num_seqs * needed) * block_bytes
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
+
+
+def reach_of(blocks: int, block_bytes: int) -> int:
+    """How many of a TE's KV blocks are used before idle ones are recycled, where unused ones cost no memory yet."""
+    return max(int(blocks * REACH_SHARE), REACH_BYTES // block_bytes)
 
 
 def cores_for(te: int, threads: int, usable: set[int]) -> list[int]:

@@ -16,8 +16,9 @@ from msgspec import Meta
 
 from engine.types import Quantization, UserError
 
-DeviceName = Literal["auto", "cpu"]
-DType = Literal["auto", "float32", "bfloat16"]
+DeviceName = Literal["auto", "cpu", "npu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "bfloat16", "int8"]
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,17 +53,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[list[str], Meta(description="keys accepted as `Authorization: Bearer KEY`; none: no check")] = []
-    device: Annotated[DeviceName, Meta(description="where the model runs")] = "auto"
+    device: Annotated[
+        DeviceName, Meta(description="where the model runs; auto is npu where driver, CANN and torch-npu are there, else cpu")
+    ] = "auto"
     dtype: Annotated[
         DType,
         Meta(
-            description="precision of weights, activations and KV cache; auto on cpu is bfloat16 on the compiled kernels, float32 without them"
+            description="precision of weights, activations and KV cache; auto on cpu is bfloat16 on the compiled kernels, float32 without them, and bfloat16 on npu and cuda (which have float16 too)"
         ),
     ] = "auto"
     quantization: Annotated[
         Quantization,
         Meta(
-            description="auto keeps what a GGUF file stores quantised; none expands it to the dtype; int8 quantises 16- and 32-bit matrices at load (8-bit weights, activations quantised as they come; compiled cpu kernels only)"
+            description="auto keeps what a GGUF file stores quantised; none expands it to the dtype; int8 quantises 16- and 32-bit matrices at load (8-bit weights, activations quantised as they come; compiled cpu kernels, and npu)"
         ),
     ] = "auto"
     max_model_len: Annotated[int, Meta(ge=1)] | None = msgspec.field(default=None)
@@ -73,6 +76,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 512
     block_size: Annotated[int, Meta(ge=1, le=1024)] | None = None
     kv_cache_memory_bytes: Annotated[int, Meta(ge=1)] | None = None
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        Meta(
+            description="precision of cached keys and values; auto is the dtype; int8 takes half of bfloat16's memory (a scale for each token and head; compiled cpu kernels)"
+        ),
+    ] = "auto"
     tensor_parallel_size: Annotated[int, Meta(ge=1, description="devices that share one TE's model (1 for now)")] = 1
     pin_threads: Annotated[
         bool,
@@ -100,9 +109,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 # Fields whose default is resolved later carry no bounds in their Optional wrapper that argparse could show; their help:
 AUTO_HELP = {
-    "max_num_batched_tokens": "tokens a step computes at most (default: 256 on cpu, or --max-num-seqs where that is more)",
+    "max_num_batched_tokens": "tokens a step computes at most (default: 256 on cpu, 2048 on npu and cuda, or --max-num-seqs where that is more)",
     "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
-    "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu)",
+    "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu and cuda, 128 on npu)",
     "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",
     "speculative_config": 'speculation by prompt lookup, as JSON: {"method": "ngram", "num_speculative_tokens": 8,'
     ' "prompt_lookup_min": 2, "prompt_lookup_max": 6} (default: off)',

@@ -56,17 +56,23 @@ def scramble(x: np.ndarray) -> None:
     x ^= x >> np.uint32(16)
 
 
-def noise(seed: np.ndarray, position: np.ndarray, vocab: int) -> np.ndarray:
-    """uint32 [n, vocab]: for each (uint64 seed, int64 position) a word for every id,
-
-        key  = mix(mix(seed) + (position + 1) * GOLDEN)                      64 bits
-        word = scramble(scramble(id + low half of key) ^ high half of key)   32 bits
+def keys(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """uint64 [n]: `noise`'s key of each (seed, position).
 
     The seed is mixed by itself first, since seeds of one task follow one another and must not give shifted copies of
     one stream."""
     seeds = np.atleast_1d(np.asarray(seed, np.uint64))
     steps = (np.atleast_1d(np.asarray(position, np.int64)) + 1).astype(np.uint64)
-    key = mix(mix(seeds) + steps * GOLDEN)[:, None]
+    return mix(mix(seeds) + steps * GOLDEN)
+
+
+def noise(seed: np.ndarray, position: np.ndarray, vocab: int) -> np.ndarray:
+    """uint32 [n, vocab]: for each (uint64 seed, int64 position) a word for every id,
+
+    key  = mix(mix(seed) + (position + 1) * GOLDEN)                      64 bits
+    word = scramble(scramble(id + low half of key) ^ high half of key)   32 bits
+    """
+    key = keys(seed, position)[:, None]
     words = np.arange(vocab, dtype=np.uint32) + key.astype(np.uint32)
     scramble(words)
     words ^= (key >> np.uint64(32)).astype(np.uint32)

@@ -36,14 +36,14 @@ class OutOfMemory(UserError):
 # (engine/native/cpu/cpu.h).
 WeightFormat = Literal["rows", "panels"]
 # "auto": matrices that a GGUF file stores quantised stay so; "none": they are expanded to the dtype; "int8": those stored in
-# 16 or 32 bits are quantised at load. Row-major matrices are always expanded.
+# 16 or 32 bits are quantised at load. In rows nothing that a file quantised is kept, but "int8" quantises every matrix.
 Quantization = Literal["auto", "none", "int8"]
 
 
 class Packing(msgspec.Struct, frozen=True, array_like=True):
     """How a model's weights are to be packed."""
 
-    dtype: str  # float32 | bfloat16
+    dtype: str  # float32 | bfloat16 | float16
     format: WeightFormat = "rows"
     quantization: Quantization = "auto"
 

@@ -26,7 +26,7 @@ import numpy as np
 from engine.gguf import BLOCKS, GGUF, hf_config, hf_tensor_names, rope_heads
 from engine.hub import is_gguf, model_config, read_json
 from engine.models import WeightPart, WeightSpec
-from engine.native import checksum
+from engine.native import checksum, map_slab
 from engine.quants import CHUNK, dequantize
 from engine.types import Packing, UserError, WeightFormat
 
@@ -36,8 +36,10 @@ SLAB_ALIGN = 2 << 20  # a huge page, so that a slab can be made of them
 TENSOR_ALIGN = 64  # a cache line, and the widest vector register
 NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(np.uint16),
-}  # bfloat16 travels as its bits
+    "bfloat16": np.dtype(np.uint16),  # travels as its bits
+    "float16": np.dtype(np.float16),
+}
+FLOAT16_MAX = np.float32(np.finfo(np.float16).max)  # what a larger bfloat16 becomes
 SAFETENSORS_TYPES = FLOATS = ("F32", "F16", "BF16")
 # In files, but of no use to anybody: rope tables that every implementation computes for itself.
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
@@ -92,7 +94,8 @@ class Checkpoint:
         return data[hf_row_order(stored.shape[0], stored.rope_heads)[first:last]]
 
     def read_into(self, name: str, out: np.ndarray, rows: slice | None = None) -> None:
-        """Rows of a tensor, converted to `out`'s dtype: float32, or uint16 for bfloat16's bits (rounded to nearest even)."""
+        """Rows of a tensor, converted to `out`'s dtype: float32, float16, or uint16 for bfloat16's bits (rounded to nearest
+        even)."""
         stored = self._stored(name)
         count = stored.shape[0]
         start, stop, step = (rows or slice(None)).indices(count)
@@ -101,7 +104,7 @@ class Checkpoint:
         data = stored.data.reshape(count, -1)
         order = hf_row_order(count, stored.rope_heads) if stored.rope_heads else None
         flat = out.reshape(stop - start, width)
-        many = max(1, CHUNK // width) if out.dtype == np.uint16 or order is not None else max(1, stop - start)
+        many = max(1, CHUNK // width) if out.itemsize == 2 or order is not None else max(1, stop - start)
         for at in range(start, stop, many):
             to = min(at + many, stop)
             raw = data[at:to] if order is None else data[order[at:to]]
@@ -109,9 +112,13 @@ class Checkpoint:
 
 
 def convert(raw: np.ndarray, stored_type: str, out: np.ndarray) -> None:
-    """Stored rows into float32, or into bfloat16's bits."""
+    """Stored rows into float32, float16, or bfloat16's bits."""
     if out.dtype == np.float32:
         dequantize(raw, stored_type, out)
+    elif out.dtype == np.float16:
+        wide = np.empty(out.shape, np.float32)
+        dequantize(raw, stored_type, wide)
+        np.copyto(out, np.clip(wide, -FLOAT16_MAX, FLOAT16_MAX, out=wide), casting="same_kind")
     elif stored_type == "BF16":
         out.reshape(-1)[:] = raw.reshape(-1).view(np.uint16)
     else:
@@ -235,13 +242,14 @@ class Entry(msgspec.Struct, frozen=True):
     """One packed tensor, or a part of one: entries of the same name are rows one under another."""
 
     name: str
-    dtype: str  # float32 | bfloat16 | a quantised kind of engine/native/cpu
+    dtype: str  # float32 | bfloat16 | float16 | a quantised kind (of engine/native/cpu in panels, int8 in rows)
     shape: tuple[int, ...]
     format: WeightFormat
     slab: int
     offset: int
     nbytes: int
     checksum: int  # XXH64 of its bytes
+    kind: str = "matrix"  # the spec's
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -263,6 +271,7 @@ class Piece(NamedTuple):
     format: WeightFormat
     offset: int
     nbytes: int
+    kind: str  # the spec's
 
 
 def round_up(n: int, to: int) -> int:
@@ -285,7 +294,7 @@ def packed_dtype(checkpoint: Checkpoint, spec: WeightSpec, packing: Packing, tie
     if spec.kind == "vector":
         return "float32"
     if packing.format == "rows":
-        return packing.dtype
+        return "int8" if packing.quantization == "int8" and spec.kind == "matrix" else packing.dtype
     return packed_kind(checkpoint.dtype(source), spec.kind == "matrix" or tied, packing)
 
 
@@ -302,10 +311,17 @@ def layout(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing
         for dtype, alike in groupby(spec.sources, partial(packed_dtype, checkpoint, spec, packing, tied)):
             sources = tuple(alike)
             shape = (sum(checkpoint.shape(source)[0] for source in sources), *spec.shape[1:])
-            nbytes = cpu.packed_bytes(dtype, *shape) if format == "panels" else prod(shape) * NUMPY_DTYPE[dtype].itemsize
-            pieces.append(Piece(spec.name, dtype, shape, sources, format, offset, nbytes))
+            nbytes = cpu.packed_bytes(dtype, *shape) if format == "panels" else row_bytes(dtype, shape)
+            pieces.append(Piece(spec.name, dtype, shape, sources, format, offset, nbytes, spec.kind))
             offset = round_up(offset + nbytes, TENSOR_ALIGN)
     return pieces
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a row-major tensor; int8 has its rows' float32 scales behind it."""
+    if dtype == "int8":
+        return round_up(prod(shape), 4) + 4 * shape[0]
+    return prod(shape) * NUMPY_DTYPE[dtype].itemsize
 
 
 def slab_bytes(pieces: Sequence[Piece]) -> int:
@@ -324,15 +340,18 @@ def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, 
     report_repacked(checkpoint, pieces)
     size = slab_bytes(pieces)
     os.ftruncate(fd, size)
-    slab = np.frombuffer(mmap.mmap(fd, size), np.uint8) if size else np.empty(0, np.uint8)
+    slab = np.frombuffer(map_slab(fd, size, writable=True), np.uint8)
 
     def write(piece: Piece) -> Entry:
         data = slab[piece.offset : piece.offset + piece.nbytes]
         if piece.format == "panels":
             write_panels(checkpoint, piece, data)
+        elif piece.dtype == "int8":
+            write_int8_rows(checkpoint, piece, data)
         else:
             read_rows(checkpoint, piece.sources, 0, data.view(NUMPY_DTYPE[piece.dtype]).reshape(piece.shape))
-        return Entry(piece.name, piece.dtype, piece.shape, piece.format, 0, piece.offset, piece.nbytes, checksum(data))
+        place = (0, piece.offset, piece.nbytes)
+        return Entry(piece.name, piece.dtype, piece.shape, piece.format, *place, checksum(data), piece.kind)
 
     # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
@@ -380,6 +399,23 @@ def write_panels(checkpoint: Checkpoint, piece: Piece, data: np.ndarray) -> None
         cpu.pack(piece.dtype, to.ctypes.data, part.ctypes.data, last - first, columns, is_float=is_float)
 
 
+def write_int8_rows(checkpoint: Checkpoint, piece: Piece, data: np.ndarray) -> None:
+    """A matrix in 8 bits, each row with a scale of its own: [rows, columns] int8, then [rows] float32. The largest of a row
+    becomes 127."""
+    rows, columns = piece.shape
+    scales = data[-4 * rows :].view(np.float32)
+    values = data[: rows * columns].view(np.int8).reshape(rows, columns)
+    some = max(1, SOME_BYTES // (4 * columns))
+    for first in range(0, rows, some):
+        last = min(first + some, rows)
+        part = np.empty((last - first, columns), np.float32)
+        read_rows(checkpoint, piece.sources, first, part)
+        scale = np.abs(part).max(axis=1) / np.float32(127)
+        scales[first:last] = scale
+        np.divide(part, scale[:, None], out=part, where=scale[:, None] > 0)
+        np.copyto(values[first:last], np.rint(part, out=part), casting="unsafe")
+
+
 def check_present(checkpoint: Checkpoint, spec: WeightSpec) -> None:
     """Raises `UserError` for a tensor that is missing or misshapen."""
     shapes = [checkpoint.shape(source) for source in spec.sources]
@@ -411,8 +447,9 @@ def report_repacked(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
 
 def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, list[WeightPart]]:
     """Each packed tensor's parts, read-only, over mappings that live as long as the views."""
-    slabs = [memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)) for fd, size in zip(fds, manifest.slabs, strict=True)]
+    slabs = [map_slab(fd, size) for fd, size in zip(fds, manifest.slabs, strict=True)]
     parts: dict[str, list[WeightPart]] = {}
     for e in manifest.entries:
-        parts.setdefault(e.name, []).append(WeightPart(slabs[e.slab][e.offset : e.offset + e.nbytes], e.dtype, e.shape))
+        data = slabs[e.slab][e.offset : e.offset + e.nbytes]
+        parts.setdefault(e.name, []).append(WeightPart(data, e.dtype, e.shape, e.kind))
     return parts

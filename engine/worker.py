@@ -20,7 +20,7 @@ from engine import capacity, models, native, shmq, weights
 from engine.batch import Batch
 from engine.config import Config
 from engine.core import Core
-from engine.devices import open_device
+from engine.devices import kind, open_device
 from engine.executor import Executor
 from engine.rtc import RTC
 from engine.types import Failed, Finish, FromWorker, Load, Ready, Sample, SamplingParams, Start, Tokens, UserError, pack_ids
@@ -78,20 +78,26 @@ def serve(birth: Birth, inbox: shmq.Receiver, tell: Callable[[FromWorker], None]
 
     inbox.beat()
     cores = capacity.cores_for(birth.te, birth.threads, os.sched_getaffinity(0)) if config.pin_threads else None
-    device = open_device(config.device, config.dtype, birth.threads, birth.manifest.format, cores)
+    device = open_device(
+        config.device, config.dtype, birth.threads, birth.manifest.format, cores, birth.te, config.kv_cache_dtype
+    )
     model = models.build(birth.model_config)
     mark("te_pre_load")
     mapped = weights.map_slabs(birth.manifest, birth.slabs)
     tensors = {name: device.weight(parts) for name, parts in mapped.items()}
-    assert config.max_model_len and config.block_size and config.kv_cache_memory_bytes, "the Config is not resolved"
-    assert config.max_num_batched_tokens, "the Config is not resolved"
+    assert config.max_model_len and config.block_size and config.max_num_batched_tokens, "the Config is not resolved"
     model.bind(device, tensors, config.max_model_len)
     mark("te_load")
-    block_bytes = capacity.kv_bytes_per_token(model, config.dtype) * config.block_size
-    blocks = config.kv_cache_memory_bytes // block_bytes
+    block_bytes = capacity.kv_bytes_per_token(model, config.dtype, config.kv_cache_dtype) * config.block_size
+    kv_bytes = config.kv_cache_memory_bytes
+    if kind(config.device).own_memory:
+        kv_bytes = capacity.own_kv_bytes(config, model, device.free_bytes())
+    assert kv_bytes, "the Config is not resolved"
+    blocks = kv_bytes // block_bytes
     kv = device.kv_cache(model.layers, blocks, config.block_size, model.kv_heads, model.head_dim)
+    reach = capacity.reach_of(blocks, block_bytes) if kv.lazy else None
     batch = Batch(
-        RTC(blocks, config.block_size, config.enable_prefix_caching),
+        RTC(blocks, config.block_size, config.enable_prefix_caching, reach),
         max_seqs=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         max_len=config.max_model_len,

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine import capacity, native
+from engine.devices import ascend
 from engine.native import cpu
 from engine.types import UserError
 from scale import pull
@@ -45,9 +46,51 @@ def findings() -> Iterator[Finding]:
     for name in pull.KNOWN:
         there = pull.place(name).exists()
         yield Finding(True, f"model {name}", "pulled" if there else "not pulled yet: serve fetches it, or: ./run.sh pull " + name)
-    driver = Path("/usr/local/Ascend/driver/version.info").exists()
-    found = "driver found; this build serves on cpu only" if driver else "none found; this build serves on cpu only"
-    yield Finding(True, "ascend npu", found)
+    yield from npu()
+
+
+def npu() -> Iterator[Finding]:
+    """Architecture, driver, CANN, torch and torch-npu belong together. All is read from files: where one is missing, importing
+    another may fail in ways that tell nothing."""
+    driver, home, plugin = ascend.driver(), ascend.cann(), ascend.plugin()
+    if not driver and home is None:
+        if plugin:
+            mend = "it is of no use here and breaks a plain `import torch`: pip uninstall torch-npu"
+            yield Finding(False, "torch-npu", f"{plugin}, without driver and CANN", mend)
+        else:
+            yield Finding(True, "ascend npu", "none found: --device npu needs an Ascend driver and CANN")
+        return
+    machine, known = platform.machine(), " and ".join(ascend.ARCHITECTURES)
+    yield Finding(machine in ascend.ARCHITECTURES, "npu architecture", machine, f"torch-npu has wheels for {known} only")
+    yield Finding(
+        bool(driver),
+        "npu driver",
+        driver or "missing",
+        f"install the Ascend HDK's driver and firmware; they go to {ascend.DRIVER}",
+    )
+    mend = "install Ascend-cann-toolkit and the kernels package of your NPU, then source its set_env.sh"
+    yield Finding(
+        home is not None, "cann", f"{ascend.cann_version() or 'of unknown version'} in {home}" if home else "missing", mend
+    )
+    if home is not None:
+        # Where each package put its script: beside `latest` in the toolkit, or in it.
+        script = next((p for p in (home / "set_env.sh", home.parent / "set_env.sh") if p.exists()), home / "set_env.sh")
+        there = ascend.library_path_set()
+        yield Finding(there, "cann libraries", "on LD_LIBRARY_PATH" if there else "not on LD_LIBRARY_PATH", f"source {script}")
+    wanted, torch = pinned("requirements-npu.txt")["torch-npu"], version("torch")
+    mend = f"requirements-npu.txt has {wanted}: ./run.sh setup installs it where driver and CANN are there"
+    yield Finding(plugin == wanted, "torch-npu", plugin or "missing", mend)
+    if plugin:
+        # A plugin of one torch fails in another with an undefined symbol or a wrong result.
+        fits = torch.split("+")[0].rsplit(".", 1)[0] == plugin.rsplit(".post", 1)[0].rsplit(".", 1)[0]
+        yield Finding(
+            fits, "torch and torch-npu", f"{torch or 'no torch'} and {plugin}", "they must be of one version: ./run.sh setup"
+        )
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    nodes = sorted(p.name for p in Path("/dev").glob("davinci[0-9]*"))
+    found = f"{len(nodes)} device nodes" + (f", ASCEND_RT_VISIBLE_DEVICES={visible}" if visible is not None else "")
+    mend = "the driver made no /dev/davinci*: `npu-smi info` says more; in a container pass them in with --device"
+    yield Finding(bool(nodes), "npu devices", found, mend)
 
 
 def kernels() -> Finding:
@@ -62,18 +105,24 @@ def kernels() -> Finding:
 
 def library(package: str) -> Finding:
     """An installed package against the version in requirements.txt."""
-    wanted = pinned().get(package, "")
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    wanted, found = pinned().get(package, ""), version(package)
+    if not found:
         return Finding(False, package, "missing", "./run.sh setup")
     return Finding(found.split("+")[0] == wanted, package, found, f"requirements.txt has {wanted}: ./run.sh setup")
 
 
-def pinned() -> dict[str, str]:
-    """Package -> version in requirements.txt."""
+def version(package: str) -> str:
+    """As installed; "" where it isn't."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def pinned(file: str = "requirements.txt") -> dict[str, str]:
+    """Package -> version in a requirements file."""
     pairs = {}
-    for line in (Path(__file__).resolve().parent.parent / "requirements.txt").read_text().splitlines():
+    for line in (Path(__file__).resolve().parent.parent / file).read_text().splitlines():
         name, found, rest = line.partition("==")
         if found and not name.startswith("#"):
             pairs[name.strip()] = rest.split("#")[0].strip()

@@ -38,6 +38,7 @@ class Pack(Msg):
     key: str
     path: str
     packing: Packing
+    device: str = "cpu"
 
 
 class Spawn(Msg):
@@ -121,7 +122,7 @@ class Keeper:
         """The first order is to pack, so that this runs on one core while this process imports the engine on another."""
         self.turn(None)
         started = time.monotonic()
-        warm_up({order.packing.format for order in self.orders})
+        warm_up({(order.device, order.packing.format) for order in self.orders})
         self.tell(Warm(os.getpid(), time.monotonic() - started))
         while not self.leaving:
             self.turn(None)
@@ -284,16 +285,15 @@ def pack_into(order: Pack, slab: int, writing: int) -> int:
     return status
 
 
-def warm_up(formats: set[WeightFormat]) -> None:
+def warm_up(wanted: set[tuple[str, WeightFormat]]) -> None:
     """Import what every TE will need: torch only where weights are packed for its operators, since that takes longer than all the
-    rest together. Nothing here may start a thread or touch a device."""
+    rest together. Nothing here may start a thread or touch a device: a TE does, once it is forked."""
     import engine.models.llama
-    import engine.worker
+    import engine.worker  # noqa: F401
+    from engine.devices import preload
 
-    if "panels" in formats:
-        import engine.devices.cpu_native
-    if "rows" in formats:
-        import engine.devices.cpu  # noqa: F401
+    for device, format in sorted(wanted):
+        preload(device, format)
 
 
 def close_all(fds: list[int]) -> None:

@@ -64,11 +64,11 @@ class KeeperClient:
         self.loop = loop
         loop.add_reader(self.sock, self.receive)
 
-    async def order_pack(self, key: str, path: str, packing: Packing) -> None:
-        """Have a model packed, unless it was ordered before."""
+    async def order_pack(self, key: str, path: str, packing: Packing, device: str = "cpu") -> None:
+        """Have a model packed for a device, unless it was ordered before."""
         if key not in self.packs:
             self.packs[key] = self.loop.create_future()
-            await self.send(Pack(key, path, packing))
+            await self.send(Pack(key, path, packing, device))
 
     async def packed(self, key: str) -> Packed:
         """Wait for an ordered pack. Raises `UserError` or `KeeperDied`."""

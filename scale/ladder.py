@@ -62,7 +62,7 @@ async def fork_te(
     Raises `UserError` (the model can't be packed) or `KeeperDied`."""
     climb = Climb(te, clock())
     mark = climb.began
-    await keeper.order_pack(plan.key, plan.path, plan.packing)  # goes on beside the imports
+    await keeper.order_pack(plan.key, plan.path, plan.packing, plan.config.device)  # goes on beside the imports
     await asyncio.shield(keeper.warm)
     climb.steps["scaler_pre"] = clock() - mark
     mark = clock()

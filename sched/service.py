@@ -20,11 +20,10 @@ from typing import Any
 
 import msgspec
 
-from engine import capacity, models, native, weights
+from engine import capacity, devices, models, native, weights
 from engine.config import Config, resolve
-from engine.devices import weight_format
 from engine.tokenizer import Tokenizer
-from engine.types import Packing, SamplingParams, UserError, checked
+from engine.types import SamplingParams, UserError, checked
 from scale import ladder, pull
 from sched.cluster import Cluster
 from sched.job import describe
@@ -289,9 +288,9 @@ def make_plan(path: Path, asked: Config) -> tuple[ladder.Plan, dict[str, str]]:
     """What a TE of this model is on this machine, with the Config resolved, and why its values are so. Reads no weights."""
     checkpoint = weights.open_checkpoint(path)
     model = models.build(checkpoint.config)
-    box = capacity.machine()
-    dtype = capacity.auto_dtype(box) if asked.dtype == "auto" else asked.dtype
-    packing = Packing(dtype, weight_format("cpu", dtype, box.compiled), asked.quantization)
+    name, _ = devices.choose(asked.device)
+    box = capacity.machine(kernels=not devices.kind(name).own_memory)
+    packing = capacity.packing(asked, box)
     size = weights.packed_size(checkpoint, model.weights(), packing)
     config, why = capacity.resolve(asked, model, size, box)
     key = f"{path}:{packing.dtype}:{packing.format}:{packing.quantization}"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine import models, weights
-from engine.devices import SamplingRows, SlotSetup, StepInputs, StepOutput
+from engine.devices import Device, SamplingRows, SlotSetup, StepInputs, StepOutput
 from engine.devices.cpu import CpuDevice
 from engine.devices.cpu_native import NativeCpuDevice
+from engine.devices.torch_device import StreamDevice
 from engine.types import Packing, Quantization
 
 Part = tuple[Sequence[int], int, int]  # (all ids of a sequence, first to compute, how many)
@@ -45,7 +47,9 @@ def rows(count: int, **columns: object) -> SamplingRows:
 class Rig:
     """One model on a cpu device with a small paged cache, sequences in tables of shuffled blocks.
 
-    `native`: the compiled kernels (bfloat16, and what `quantization` says) on so many threads; None: the reference operators."""
+    `native`: the compiled kernels (bfloat16, and what `quantization` and `kv_dtype` say) on so many threads; None: the reference
+    operators.
+    `device`: another device of this dtype instead, in blocks of its own size."""
 
     def __init__(
         self,
@@ -58,13 +62,18 @@ class Rig:
         seed: int = 0,
         native: int | None = None,
         quantization: Quantization = "auto",
+        device: Device | None = None,
+        kv_dtype: str = "auto",
     ):
         self.block_size = block_size if native is None else 16  # the compiled kernels' smallest
+        if device is not None:
+            self.block_size = device.block_size
         checkpoint = weights.open_checkpoint(path)
         self.model = models.build(checkpoint.config)
-        self.device = CpuDevice(dtype, threads=1) if native is None else NativeCpuDevice(native)
+        compiled = NativeCpuDevice(native, kv_dtype=kv_dtype) if native is not None else None
+        self.device: Any = device or compiled or CpuDevice(dtype, threads=1)
         fd = os.memfd_create("weights")
-        packing = Packing(dtype) if native is None else Packing("bfloat16", "panels", quantization)
+        packing = Packing(dtype, "rows", quantization) if native is None else Packing("bfloat16", "panels", quantization)
         mapped = weights.map_slabs(weights.pack(checkpoint, self.model.weights(), packing, fd), [fd])
         os.close(fd)
         self.model.bind(self.device, {name: self.device.weight(parts) for name, parts in mapped.items()}, max_len)
@@ -108,15 +117,16 @@ class Rig:
 
         def forward(device, step):
             logits = self.model.forward(device, step, self.kv)
-            if isinstance(device, CpuDevice):
-                kept.append(logits.float().numpy().copy())
+            kept.append(logits.float().numpy().copy() if isinstance(device, CpuDevice) else logits)
             return logits
 
         step = self.inputs(parts, tables, want)
         self.device.launch(forward, step).result()
+        if isinstance(self.device, StreamDevice):
+            return kept[0].value.float().cpu().numpy()
         if isinstance(self.device, NativeCpuDevice):
             count = len(step.rows) * self.model.vocab
-            kept.append(np.frombuffer(self.device.memory["logits.full"], np.float32, count).reshape(-1, self.model.vocab).copy())
+            return np.frombuffer(self.device.memory["logits.full"], np.float32, count).reshape(-1, self.model.vocab).copy()
         return kept[0]
 
     def launch(self, step: StepInputs):

@@ -52,13 +52,14 @@ def family(marker: str) -> set[int]:
 
 
 class Server:
-    def __init__(self, *args: str | Path):
+    def __init__(self, *args: str | Path, python: str | Path = sys.executable, environment: dict[str, str] | None = None):
+        """`python` and `environment`: of another virtual environment."""
         self.marker = f"DEEPSERVE_TEST={os.getpid()}-{time.monotonic_ns()}"
         name, value = self.marker.split("=")
         self.process = subprocess.Popen(
-            [sys.executable, "deepserve.py", "serve", *map(str, args), "--port", "0"],
+            [str(python), "deepserve.py", "serve", *map(str, args), "--port", "0"],
             cwd=ROOT,
-            env=os.environ | {name: value},
+            env={**(os.environ if environment is None else environment), name: value},
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -58,6 +58,7 @@ def row(**fields) -> Row:
         ({"agreement": Agreement(1000, 995, 0.995, 0.25, [0.25])}, ["a gap of 0.250, bar 0.1"]),
         ({"agreement": Agreement(1000, 900, 0.9, 0.25, [0.25]), "stored": "Q4_1"}, []),
         ({"agreement": Agreement(1000, 900, 0.9, 0.25, [0.25]), "settings": {"quantization": "int8"}}, []),
+        ({"agreement": Agreement(1000, 900, 0.9, 0.25, [0.25]), "settings": {"kv_cache_dtype": "int8"}}, []),
     ],
 )
 def test_bars(fields, missed):

@@ -90,11 +90,28 @@ def test_what_only_the_compiled_kernels_do():
         (compiled, {"quantization": "int8", "dtype": "float32"}, "--quantization int8 needs"),
         (reference, {"pin_threads": True}, "--pin-threads"),
         (compiled, {"block_size": 24}, "multiple of 16"),
+        (reference, {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs the compiled cpu kernels"),
+        (compiled, {"kv_cache_dtype": "int8", "dtype": "float32"}, "--dtype float32 can't"),
+        (compiled, {"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "--kv-cache-dtype bfloat16 needs --dtype bfloat16"),
     ):
         with pytest.raises(UserError, match=names):
             resolve(Config(**settings), Shape(), GIB // 2, box)
     resolve(Config(block_size=24), Shape(), GIB // 2, reference)
     resolve(Config(block_size=48, quantization="int8", pin_threads=True), Shape(), GIB // 2, compiled)
+
+
+def test_integers_take_half_the_kv_memory():
+    compiled, shape = Machine(20 * GIB, 2, compiled=True), Shape()
+    assert [kv_bytes_per_token(shape, "bfloat16", kind) for kind in ("auto", "bfloat16", "int8")] == [23040, 23040, 11880]
+    limits = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+    lengths = {
+        kind: resolve(Config(kv_cache_dtype=kind, **limits), shape, GIB // 2, compiled)[0].max_model_len
+        for kind in ("auto", "bfloat16", "int8")
+    }
+    assert lengths == {"auto": 2912, "bfloat16": 2912, "int8": 5648}
+    with pytest.raises(UserError) as e:
+        resolve(Config(kv_cache_dtype="int8"), shape, GIB // 2, Machine(20 * GIB, 2))
+    assert e.value.param == "kv_cache_dtype"
 
 
 def test_tes_take_turns_around_the_cores():

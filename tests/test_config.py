@@ -21,6 +21,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
         ({"port": "x"}, "port"),
         ({"te": "0"}, "te"),
         ({"dtype": "int3"}, "dtype"),
+        ({"kv_cache_dtype": "fp8"}, "kv-cache-dtype"),
         ({"kv_cache_memory_bytes": "lots"}, "4G or 512M"),
         ({"nonsense": "1"}, "no setting 'nonsense'"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.capacity import kv_bytes_per_token
 from tests import tiny
 from tests.harness import Rig
 
@@ -45,18 +46,18 @@ def test_logits_are_close_to_the_float32_reference(folders, name):
     assert 0 < off(native) < 1.05 * off(torch_bf16)
 
 
-@pytest.mark.parametrize("quantization", ["auto", "int8"])
+@pytest.mark.parametrize("kept", [{}, {"quantization": "int8"}, {"kv_dtype": "int8"}], ids=["bf16", "int8", "kv_int8"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_sequence_does_not_see_its_batch(folders, name, quantization):
+def test_a_sequence_does_not_see_its_batch(folders, name, kept):
     """Bit-equal logits: alone and whole; chunked at random points beside others that come and go (up to 63); on one thread and
     on two."""
     rng = np.random.default_rng(7)
     texts = [ids_of(int(n), i) for i, n in enumerate(rng.integers(20, 70, 64 if name == "llama" else 9))]
     alone = []
     for text in texts:
-        rig = Rig(folders[name], native=1, quantization=quantization)
+        rig = Rig(folders[name], native=1, **kept)
         alone.append(rig.logits([(text, 0, len(text))], [rig.table(len(text))]))
-    rig = Rig(folders[name], native=2, blocks=512, seed=3, quantization=quantization)
+    rig = Rig(folders[name], native=2, blocks=512, seed=3, **kept)
     tables = [rig.table(len(t)) for t in texts]
     done = [0] * len(texts)
     while any(d < len(t) for d, t in zip(done, texts, strict=True)):
@@ -77,10 +78,11 @@ def test_a_sequence_does_not_see_its_batch(folders, name, quantization):
             done[i] += count
 
 
+@pytest.mark.parametrize("kept", [{"quantization": "int8"}, {"kv_dtype": "int8"}], ids=["weights", "kv"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_int8_is_near_bfloat16(folders, name):
+def test_int8_is_near_bfloat16(folders, name, kept):
     ids = ids_of(60, 1)
-    rigs = Rig(folders[name], native=1, quantization="int8"), Rig(folders[name], native=1), Rig(folders[name], dtype="float32")
+    rigs = Rig(folders[name], native=1, **kept), Rig(folders[name], native=1), Rig(folders[name], dtype="float32")
     int8, bf16, want = (rig.logits([(ids, 0, 60)], [rig.table(60)]) for rig in rigs)
     spread = want.std()
     assert (
@@ -98,3 +100,10 @@ def test_greedy_text_on_both_devices(folders):
     order = np.sort(logits, axis=1)
     clear = order[:, -1] - order[:, -2] > 0.05 * np.abs(logits).max()
     assert clear.sum() > 10 and (logits.argmax(1) == np.array(text))[clear].all()
+
+
+def test_a_cache_takes_what_capacity_counts(folders):
+    rigs = {kind: Rig(folders["odd_sizes"], native=1, blocks=40, kv_dtype=kind) for kind in ("auto", "bfloat16", "int8")}
+    for kind, rig in rigs.items():
+        assert rig.kv.nbytes == len(rig.kv.memory) == 40 * 16 * kv_bytes_per_token(rig.model, "bfloat16", kind)
+    assert rigs["bfloat16"].kv.nbytes == rigs["auto"].kv.nbytes == rigs["int8"].kv.nbytes * 48 // 26

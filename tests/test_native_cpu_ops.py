@@ -160,6 +160,7 @@ class Model:
     block_size: int
     lengths: list[int]
     window: int = 0
+    kind: str = "bfloat16"  # of cpu.KV_KINDS
     seed: int = 0
     qkv: list[np.ndarray] = field(default_factory=list)  # of each sequence: [length, (H + 2 Hk) * D]
 
@@ -177,18 +178,39 @@ class Model:
             self.tables[s, :n] = order[sum(per[:s]) :][:n]
         groups = (sum(per) + 3) * self.block_size // 16
         # Of two layers side by side in each group the second is this one.
-        each = self.kv_heads * self.dim * 16
-        self.stride = 4 * each
-        self.memory = np.full((groups, 4 * each), 0x7FC1, np.uint16)  # nan
-        self.keys = self.memory[:, 2 * each : 3 * each].reshape(groups, self.kv_heads, self.dim // 2, 16, 2)
-        self.values = self.memory[:, 3 * each :].reshape(groups, self.kv_heads, 8, self.dim, 2)
+        self.stride = self.kv_heads * cpu.kv_run(self.kind, self.dim)  # two layers' words of 16 bits
+        self.memory = np.full((groups, self.stride), 0x7FC1, np.uint16)  # nan, as bytes too large for what we store as int8
+        layer = self.memory[:, self.stride // 2 :]
+        if self.kind == "int8":
+            heads = layer.view(np.int8).reshape(groups, self.kv_heads, -1)
+            half = 16 * self.dim
+            keys, values = heads[:, :, :half], heads[:, :, half : 2 * half]
+            scales = layer.reshape(groups, self.kv_heads, -1)[:, :, half:]
+            self.scales = scales.reshape(groups, self.kv_heads, 2, 16)
+        else:
+            keys, values = np.split(layer.reshape(groups, 2 * self.kv_heads, -1), 2, 1)
+        self.keys = keys.reshape(groups, self.kv_heads, self.dim // 2, 16, 2)
+        self.values = values.reshape(groups, self.kv_heads, 8, self.dim, 2)
+        assert np.shares_memory(self.keys, self.memory) and np.shares_memory(self.values, self.memory)
+
+    def slots(self, s: int) -> np.ndarray:
+        at = np.arange(self.lengths[s])
+        return self.tables[s, at // self.block_size] * self.block_size + at % self.block_size
 
     def stored(self, s: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a sequence as the cache holds them: bf16 bits [length, Hk, D]."""
-        at = np.arange(self.lengths[s])
-        slots = self.tables[s, at // self.block_size] * self.block_size + at % self.block_size
+        """Keys and values of a sequence as the cache holds them, bf16 bits or integers: [length, Hk, D]."""
         keys = self.keys.transpose(0, 3, 1, 2, 4).reshape(-1, self.kv_heads, self.dim)
-        return keys[slots], self.values.transpose(0, 2, 4, 1, 3).reshape(-1, self.kv_heads, self.dim)[slots]
+        values = self.values.transpose(0, 2, 4, 1, 3).reshape(-1, self.kv_heads, self.dim)
+        return keys[self.slots(s)], values[self.slots(s)]
+
+    def meant(self, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a sequence as numbers, float64 [length, Hk, D]."""
+        keys, values = self.stored(s)
+        if self.kind == "bfloat16":
+            return widen(keys).astype(np.float64), widen(values).astype(np.float64)
+        scales = widen(np.ascontiguousarray(self.scales.transpose(2, 0, 3, 1))).astype(np.float64)
+        k, v = scales.reshape(2, -1, self.kv_heads, 1)[:, self.slots(s)]
+        return keys * k, values * v
 
     def run(self, team: cpu.Team, parts: list[tuple[int, int, int]]) -> list[np.ndarray]:
         """Rope, store and attend for `parts` (sequence, first, count) in one step: bf16 bits [count, H * D] of each."""
@@ -214,8 +236,9 @@ class Model:
         shape = {
             "x": x,
             "y": self.keys.ctypes.data,
-            "b": self.values.ctypes.data,
+            "b": self.values.ctypes.data if self.kind == "bfloat16" else 0,
             "n": self.stride,
+            "k": cpu.KV_KINDS[self.kind],
             "i": [self.heads, self.kv_heads, self.dim, self.window],
         }
         run(team, cpu.ROPE_STORE, step, **shape)
@@ -237,7 +260,7 @@ class Model:
         x = np.split(self.rotated, np.cumsum(self.lengths)[:-1])[s].reshape(self.lengths[s], -1, self.dim)
         n, h = len(x), self.heads
         at = np.arange(n)
-        k, v = (np.repeat(widen(c).astype(np.float64), h // self.kv_heads, 1) for c in self.stored(s))
+        k, v = (np.repeat(c, h // self.kv_heads, 1) for c in self.meant(s))
         q = x[:, :h] * (np.float32(self.dim**-0.5) * np.float32(np.log2(np.e)))
         scores = np.einsum("qhd,khd->hqk", (widen(bf16(q)) if halves else q).astype(np.float64), k) * np.log(2)
         seen = at[None] <= at[:, None]
@@ -248,7 +271,7 @@ class Model:
         return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v).reshape(n, -1)
 
 
-# These multiply pairs of bf16: queries and weights are rounded, each by up to a 2^-9th.
+# These multiply pairs of bf16, but for those of an int8 cache: queries and weights are rounded, each by up to a 2^-9th.
 HALVES = ("avx512bf16", "amx")
 MODELS = [
     Model(9, 3, 64, 16, [70, 1, 200, 33]),
@@ -262,9 +285,19 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}")
+EACH_MODEL = pytest.mark.parametrize(
+    "model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}"
+)
+EACH_KIND = pytest.mark.parametrize("kind", cpu.KV_KINDS)
+
+
+def fresh(model: Model, kind: str) -> Model:
+    return Model(model.heads, model.kv_heads, model.dim, model.block_size, model.lengths, model.window, kind)
+
+
+@EACH_MODEL
 def test_rope_store_and_attention(team, model):
-    model = Model(model.heads, model.kv_heads, model.dim, model.block_size, model.lengths, model.window)
+    model = fresh(model, "bfloat16")
     sequences = range(len(model.lengths))
     outs = model.run(team, [(s, 0, model.lengths[s]) for s in sequences])
     start = 0
@@ -286,15 +319,47 @@ def test_rope_store_and_attention(team, model):
     )
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-bs{m.block_size}-w{m.window}")
-def test_attention_is_the_same_bits_in_any_company(team, model):
-    def fresh() -> Model:
-        return Model(model.heads, model.kv_heads, model.dim, model.block_size, model.lengths, model.window)
+def random_models() -> list[Model]:
+    rng = np.random.default_rng(5)
+    models = []
+    for _ in range(12):
+        kv_heads, dim, window = int(rng.integers(1, 5)), 2 * int(rng.integers(1, 70)), int(rng.choice([0, 0, 3, 64, 100]))
+        lengths = rng.integers(1, 180, rng.integers(1, 6)).tolist()
+        models.append(Model(kv_heads * int(rng.integers(1, 6)), kv_heads, dim, int(rng.choice([16, 32, 80])), lengths, window))
+    return models
 
-    whole = fresh().run(team, [(s, 0, n) for s, n in enumerate(model.lengths)])
+
+@pytest.mark.parametrize("model", MODELS + random_models(), ids=lambda m: f"{m.heads}-{m.kv_heads}-{m.dim}-w{m.window}")
+def test_a_cache_of_integers(team, model):
+    """Attention over what the cache holds, and what the cache holds beside the keys and values themselves."""
+    model = fresh(model, "int8")
+    sequences, h, hk = range(len(model.lengths)), model.heads, model.kv_heads
+    outs = model.run(team, [(s, 0, model.lengths[s]) for s in sequences])
+    found = np.split(model.rotated.reshape(-1, h + 2 * hk, model.dim), np.cumsum(model.lengths)[:-1])
+    for s in sequences:
+        np.testing.assert_allclose(found[s], model.turned(s), rtol=1e-6, atol=2e-6)
+        for want, got in zip((found[s][:, h : h + hk], found[s][:, h + hk :]), model.meant(s), strict=True):
+            step = np.abs(want).max(-1, keepdims=True) / 127 * (1 + 2**-7)  # a scale is rounded up to a bf16
+            assert (np.abs(got - want) <= step * 0.501).all()
+        # Queries and weights have 16 bits: a 2^-16th of the largest is lost of each.
+        atol = 4e-4 * np.abs(model.meant(s)[1]).max()
+        np.testing.assert_allclose(widen(outs[s]), model.expected(s, False), rtol=2**-8 * 1.02, atol=atol)
+    # Slots that are nobody's, and the other layer's memory, are as they were.
+    free = np.setdiff1d(np.arange(len(model.memory) * 16), np.concatenate([model.slots(s) for s in sequences]))
+    keys = model.keys.transpose(0, 3, 1, 2, 4).reshape(-1, hk * model.dim)[free]
+    values = model.values.transpose(0, 2, 4, 1, 3).reshape(-1, hk * model.dim)[free]
+    assert (keys.view(np.uint16) == 0x7FC1).all() and (values == np.where(free % 2, 0x7F, -0x3F)[:, None]).all()
+    assert (model.scales.transpose(0, 3, 1, 2).reshape(-1, 2 * hk)[free] == 0x7FC1).all()
+    assert (model.memory[:, : model.stride // 2] == 0x7FC1).all()
+
+
+@EACH_KIND
+@EACH_MODEL
+def test_attention_is_the_same_bits_in_any_company(team, model, kind):
+    whole = fresh(model, kind).run(team, [(s, 0, n) for s, n in enumerate(model.lengths)])
     rng = np.random.default_rng(1)
     for trial in range(3):
-        other = fresh()
+        other = fresh(model, kind)
         done = [0] * len(model.lengths)
         while any(d < n for d, n in zip(done, model.lengths, strict=True)):
             parts = []
@@ -309,10 +374,11 @@ def test_attention_is_the_same_bits_in_any_company(team, model):
                     assert (out == whole[s][first : first + count]).all(), (s, first, count)
 
 
-def test_many_sequences_of_one_token(team):
+@EACH_KIND
+def test_many_sequences_of_one_token(team, kind):
     """The form in which a unit takes all heads of a sequence."""
     lengths = [int(n) for n in np.random.default_rng(3).integers(1, 150, 20)]
-    model = Model(6, 3, 64, 16, lengths)
+    model = Model(6, 3, 64, 16, lengths, kind=kind)
     whole = model.run(team, [(s, 0, n) for s, n in enumerate(lengths)])
     last = model.run(team, [(s, n - 1, 1) for s, n in enumerate(lengths)])
     for s, n in enumerate(lengths):
@@ -324,3 +390,24 @@ def test_very_large_scores(team):
     model.qkv[0][:, :192] *= 100
     out = model.run(team, [(0, 0, 100)])[0]
     np.testing.assert_allclose(widen(out), model.expected(0, team.isa in HALVES), rtol=2**-8 * 1.02, atol=5e-3)
+
+
+def test_very_large_scores_of_integers(team):
+    """The largest of them decides, whatever the scales: tiles of nothing but faint weights, and tiny and huge values."""
+    for size in (1e-38, 1e-20, 1e20):
+        model = Model(2, 1, 64, 16, [300], kind="int8")
+        model.qkv[0][:, :192] *= 30
+        model.qkv[0][:, 192:] *= np.float32(size)
+        out = model.run(team, [(0, 0, 300)])[0]
+        atol = 5e-3 * np.abs(model.meant(0)[1]).max() + 1e-28
+        np.testing.assert_allclose(widen(out), model.expected(0, False), rtol=2**-8 * 1.02, atol=atol)
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_what_is_not_finite_shows_through_integers(team, part, wrong):
+    model = Model(2, 1, 32, 16, [150], kind="int8")
+    model.qkv[0][100, {"query": 40, "key": 70, "value": 101}[part]] = wrong
+    out = widen(np.concatenate([model.run(team, [(0, t, 1)])[0] for t in range(150)]))
+    bad = ~np.isfinite(out.reshape(150, 2, 32)).all(2)
+    assert not bad[:100].any() and (bad.sum() == 1 and bad[100, 1] if part == "query" else bad[100:].all())

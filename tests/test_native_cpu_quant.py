@@ -81,12 +81,14 @@ def embed(matrix: Matrix, ids: range | np.ndarray, isa: str | None = None) -> np
 def linear(
     team: cpu.Team, x: np.ndarray, matrix: Matrix, bias: np.ndarray | None = None, *, stride: int = 0, fine: bool = False
 ) -> np.ndarray:
-    """float32 [rows, n] from DS_LINEAR over rows `x` (bf16 bits), which are taken in 16 bits where `fine`, else in 8.
+    """float32 [rows, n] from DS_LINEAR over rows `x` (bf16 bits), which are taken in 16 bits where `fine`, else in 8: equal bits
+    whether members quantise them together or each for itself.
 
     The output and all around and between its rows is poisoned.
     """
     x = np.ascontiguousarray(x)
     (rows, k), width = x.shape, stride or matrix.n
+    room = aligned(rows * -(-k // 64) * 64 * 4 + 64, 0xAA)  # DS_QUANT_BYTES, DS_QUANT_COLUMNS
     guarded = np.full(rows * width + 128, 1234.5, np.float32)
     out = guarded[64:-64].reshape(rows, width)
     out[:, : matrix.n] = np.nan
@@ -101,6 +103,11 @@ def linear(
         i=(cpu.WEIGHT_KINDS[matrix.kind], stride, fine, 0),
     )
     team.run((cpu.Op * 1)(op), cpu.Step(tokens=rows))
+    alone = out[:, : matrix.n].copy()
+    out[:, : matrix.n] = np.nan
+    op.y = room.ctypes.data
+    team.run((cpu.Op * 1)(op), cpu.Step(tokens=rows))
+    assert np.array_equal(out[:, : matrix.n], alone, equal_nan=True) and (room[-64:] == 0xAA).all()
     assert (guarded[:64] == 1234.5).all() and (guarded[-64:] == 1234.5).all() and (out[:, matrix.n :] == 1234.5).all()
     return out[:, : matrix.n].copy()
 

@@ -107,12 +107,48 @@ def test_off_means_off():
     assert rtc.match_by_prefix_token(keys, 99).blocks == []
 
 
+def test_idle_blocks_are_recycled_until_one_of_them_is_missed():
+    rtc = RTC(8, 2, reach=2)
+    first, second = keys_of([1, 2, 3, 4], 2), keys_of([5, 6, 7, 8], 2)
+
+    def run(keys: list[bytes]) -> int:
+        """A prompt comes and goes; returns how many of its blocks were cached."""
+        held = rtc.populate(rtc.match_by_prefix_token(keys, 99))
+        found = len(held)
+        held += rtc.alloc_blocks(len(keys) - found) or []
+        commit_all(rtc, held, keys)
+        rtc.free(held)
+        rtc.check()
+        return found
+
+    assert run(first) == 0 and run(second) == 0
+    assert rtc.touched == 2 and rtc.evictions == 2, "the second prompt took the first one's blocks"
+    assert run(first) == 0
+    assert rtc.reach == 4 and rtc.touched == 4, "two blocks were missed, and no other is lost for them"
+    assert run(second) == 2 and run(first) == 2
+    live = rtc.alloc_blocks(8)
+    assert live is not None and rtc.touched == 8, "live sequences may use all"
+    rtc.free(live)
+    rtc.check()
+
+
+def test_reset_leaves_nothing_to_be_missed():
+    rtc = RTC(4, 2, reach=1)
+    blocks = rtc.alloc_blocks(1)
+    assert blocks is not None
+    keys = keys_of([1, 2], 2)
+    commit_all(rtc, blocks, keys)
+    rtc.free(blocks)
+    rtc.reset()
+    assert not rtc.match_by_prefix_token(keys, 99).blocks and rtc.reach == 1
+
+
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), blocks=st.integers(1, 24), size=st.integers(1, 4))
-def test_random_walk_keeps_every_invariant(seed, blocks, size):
+@given(seed=st.integers(0, 2**32), blocks=st.integers(1, 24), size=st.integers(1, 4), reach=st.integers(0, 24))
+def test_random_walk_keeps_every_invariant(seed, blocks, size, reach):
     """Sequences with few distinct tokens (so prefixes meet) match, grow, commit, leave, are preserved and forgotten."""
     rng = random.Random(seed)
-    rtc = RTC(blocks, size)
+    rtc = RTC(blocks, size, reach=reach)
     live: list[tuple[list[int], list[int]]] = []  # (ids, blocks)
     for _ in range(60):
         action = rng.choice(["start", "start", "append", "leave", "preserve", "forget", "reset"])

@@ -122,7 +122,7 @@ COLUMNS = {
 @pytest.mark.parametrize("candidates", [16, 2000], ids=["few_candidates", "many_candidates"])
 def test_choices_follow_the_rules(name, candidates, monkeypatch):
     """Many draws of each kind of row; with few candidates the nucleus of most rows goes on beyond them."""
-    monkeypatch.setattr(module.threshold, "__defaults__", (candidates,))
+    monkeypatch.setattr(module, "CANDIDATES", candidates)
     for position in range(25):
         logits = some_logits(6, position)
         r = rows(6, **COLUMNS[name], seed=np.arange(6) + 100, position=position)

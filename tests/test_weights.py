@@ -269,3 +269,46 @@ def test_unused_tensors_are_reported(tmp_path: Path, slab: int, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         pack(open_checkpoint(folder(tmp_path, parts() | {"odd": tensor(3)})), SPECS, Packing("float32"), slab)
     assert "unused_tensors" in caplog.text and "tensors=odd" in caplog.text
+
+
+# ---- rows for accelerators ------------------------------------------------------------------------------------------
+
+
+def test_float16_rows(tmp_path: Path, slab: int) -> None:
+    """Rounded as torch does; what is too large becomes the largest."""
+    w = tensor(300, 70) * 3
+    w[0, 0], w[1, 1] = 1e6, -1e6
+    opened = open_checkpoint(folder(tmp_path, {"w": w.bfloat16()}))
+    manifest = pack(opened, [WeightSpec("w", (300, 70), ("w",))], Packing("float16"), slab)
+    (part,) = map_slabs(manifest, [slab])["w"]
+    found = np.frombuffer(part.data, np.float16).reshape(part.shape)
+    expected = w.bfloat16().float().clamp(-65504, 65504).half().numpy()
+    assert part.dtype == "float16" and np.array_equal(found, expected)
+
+
+def test_int8_rows_have_a_scale_each(tmp_path: Path, slab: int) -> None:
+    """Matrices alone: what is looked up and vectors keep their precision. A row of zeros stays one."""
+    tensors = {"a": tensor(300, 71), "b": tensor(33, 71, seed=1), "e": tensor(50, 71, seed=2), "v": tensor(71, seed=3)}
+    tensors["a"][7] = 0
+    specs = [
+        WeightSpec("m", (333, 71), ("a", "b")),
+        WeightSpec("e", (50, 71), ("e",), "embedding"),
+        WeightSpec("v", (71,), ("v",), "vector"),
+    ]
+    opened = open_checkpoint(folder(tmp_path, tensors))
+    packing = Packing("bfloat16", "rows", "int8")
+    manifest = pack(opened, specs, packing, slab)
+    assert manifest.nbytes == packed_size(opened, specs, packing)
+    parts = {name: part for name, (part,) in map_slabs(manifest, [slab]).items()}
+    assert {name: (p.dtype, p.kind) for name, p in parts.items()} == {
+        "m": ("int8", "matrix"),
+        "e": ("bfloat16", "embedding"),
+        "v": ("float32", "vector"),
+    }
+    data = parts["m"].data
+    values = np.frombuffer(data[: 333 * 71], np.int8).reshape(333, 71)
+    scales = np.frombuffer(data[-4 * 333 :], np.float32)
+    whole = torch.cat([tensors["a"], tensors["b"]]).numpy()
+    np.testing.assert_allclose(scales, np.abs(whole).max(1) / 127, rtol=1e-6)
+    assert np.array_equal(np.abs(values.astype(int)).max(1), np.where(scales > 0, 127, 0))
+    assert (np.abs(values * scales[:, None] - whole) <= scales[:, None] * 0.5001).all()

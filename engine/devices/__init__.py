@@ -10,12 +10,14 @@ This module imports no torch; only the files beside it do.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from engine.devices import ascend
 from engine.models import WeightPart
 from engine.types import UserError, WeightFormat
 
@@ -114,6 +116,7 @@ class KVCache(Protocol):
     """Paged K and V of every layer, in one slab."""
 
     nbytes: int
+    lazy: bool  # memory is committed as blocks are first written
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(K, V) of one layer: [blocks, block_size, kv_heads, head_dim]."""
@@ -137,7 +140,11 @@ class Device(Protocol):
         ...
 
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
-        """Memory is committed when first written. Raises `OutOfMemory`."""
+        """On cpu memory is committed when first written. Raises `OutOfMemory`."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Of the device's own memory; asked only where it has some (`Kind.own_memory`)."""
         ...
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
@@ -209,28 +216,137 @@ class Device(Protocol):
     def take_rows(self, out: Tensor, x: Tensor, rows: Tensor) -> None: ...
 
 
-def open_device(
-    name: str, dtype: str, threads: int, weights: WeightFormat = "rows", cores: Sequence[int] | None = None
-) -> Device:
-    """The device called `name` that reads packed `weights`; `cores`: where the compiled kernels' threads are pinned. Raises
-    `UserError` for one that isn't there."""
-    if name == "cpu" and weights == "panels":
-        from engine.devices.cpu_native import NativeCpuDevice
+# ---- what is known of a device before it is opened ------------------------------------------------------------------
+# Control process and keeper ask here: they import no torch and touch no device.
 
-        return NativeCpuDevice(threads, cores)
-    if name == "cpu":
-        from engine.devices.cpu import CpuDevice
 
-        return CpuDevice(dtype, threads)
-    raise UserError(f"--device {name}: not a device of this build; use cpu", "device")
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the rest of the engine must know of a device, without its libraries."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    block_size: int
+    # Where the KV cache lies: in this machine's memory, which `capacity.resolve` divides, or in memory of the device's own, of
+    # which only the TE that opens it can tell how much is free.
+    own_memory: bool
+    step_tokens: int  # of a step, where nothing else is asked for
+    why_step_tokens: str
+    block_multiple: int = 1  # what the device's attention can read; with panels their own rule goes beside it
+    largest_block: int = 1024
+
+
+KINDS = {
+    # Blocks of 16: small enough to share short prefixes. Matrix products are as efficient with 256 rows as with more, and a
+    # step of so many takes some 90 ms for the default model on two cores, which is what a decode waits for when prompts come in.
+    "cpu": Kind("cpu", ("float32", "bfloat16"), 16, False, 256, "a short step on cpu"),
+    # The fused attention wants blocks of 128 to 512 tokens in steps of 128. 2048 rows fill the matrix units.
+    "npu": Kind("npu", ("bfloat16", "float16", "float32"), 128, True, 2048, "a step that fills an npu", 128, 512),
+    "cuda": Kind("cuda", ("bfloat16", "float16", "float32"), 16, True, 2048, "a step that fills a gpu"),
+}
+
+
+def kind(name: str) -> Kind:
+    """Raises `UserError` for a device that isn't of this build."""
+    if name not in KINDS:
+        raise UserError(f"--device {name}: not a device of this build; use {' or '.join(KINDS)}", "device")
+    return KINDS[name]
+
+
+def choose(name: str) -> tuple[str, str]:
+    """The device that --device `name` means here, and why where it was "auto"."""
+    if name != "auto":
+        return kind(name).name, ""
+    lacking = ascend.lacking()
+    if not lacking:
+        return "npu", "an Ascend NPU with CANN and torch-npu"
+    return "cpu", f"an Ascend driver is there, but {lacking[0]}" if ascend.driver() else "no accelerator found"
+
+
+def auto_dtype(name: str, compiled: bool) -> tuple[str, str]:
+    """What --dtype auto means, and why; `compiled`: this machine has the compiled CPU kernels."""
+    if name == "npu":
+        return "bfloat16", "the matrix units' own precision"
+    if name == "cuda":
+        return "bfloat16", "the tensor cores' own precision"
+    if compiled:
+        return "bfloat16", "the compiled kernels' precision on cpu"
+    return "float32", "the reference operators' precision on cpu"
 
 
 def weight_format(name: str, dtype: str, compiled: bool) -> WeightFormat:
-    """How weights are packed for a device; `compiled`: this machine has the compiled CPU kernels."""
+    """How weights are packed for a device."""
     return "panels" if name == "cpu" and dtype == "bfloat16" and compiled else "rows"
 
 
-def default_block_size(name: str) -> int:
-    """The block size a device likes, known without importing its libraries. 16 tokens on cpu: small enough to share
-    short prefixes."""
-    return 16
+def int8_needs(name: str, dtype: str, compiled: bool) -> str:
+    """What --quantization int8 needs that isn't there; "" for nothing."""
+    if name == "npu":
+        return "16-bit activations on npu; use --dtype bfloat16 or float16" if dtype == "float32" else ""
+    if name == "cuda":
+        return "the compiled cpu kernels or an npu: leave it out on cuda"
+    if weight_format(name, dtype, compiled) == "panels":
+        return ""
+    return compiled_needs(dtype, compiled)
+
+
+def compiled_needs(dtype: str, compiled: bool) -> str:
+    lacks = f"--dtype {dtype}" if compiled else "this machine's reference operators"
+    return f"the compiled cpu kernels with --dtype bfloat16; {lacks} can't: leave it out"
+
+
+def kv_dtype_needs(name: str, dtype: str, kv_dtype: str, compiled: bool) -> str:
+    """What --kv-cache-dtype needs that isn't there; "" for nothing."""
+    if kv_dtype in ("auto", dtype) or (kv_dtype == "int8" and weight_format(name, dtype, compiled) == "panels"):
+        return ""
+    if kv_dtype != "int8":
+        return f"--dtype {kv_dtype}: with --dtype {dtype} keys and values have that; leave it out"
+    return compiled_needs(dtype, compiled) if name == "cpu" else f"the compiled cpu kernels: leave it out on {name}"
+
+
+def preload(name: str, weights: WeightFormat) -> None:
+    """Import what `open_device` will need, touching no device and starting no thread: the keeper forks afterwards."""
+    if weights == "panels":
+        import engine.devices.cpu_native
+    elif name == "npu":
+        with contextlib.suppress(ImportError, OSError):  # `open_device` says what is missing
+            import engine.devices.npu
+    elif name == "cuda":
+        import engine.devices.cuda
+    else:
+        import engine.devices.cpu  # noqa: F401
+
+
+def open_device(
+    name: str,
+    dtype: str,
+    threads: int,
+    weights: WeightFormat = "rows",
+    cores: Sequence[int] | None = None,
+    index: int = 0,
+    kv_dtype: str = "auto",
+) -> Device:
+    """The device called `name` that reads packed `weights`. `cores`: where the compiled kernels' threads are pinned; `index`:
+    which one of an accelerator's devices, among those this process may see; `kv_dtype`: of the compiled kernels' KV cache, which
+    `kv_dtype_needs` let through. Raises `UserError` for a device that isn't there."""
+    kind(name)
+    if weights == "panels":
+        from engine.devices.cpu_native import NativeCpuDevice
+
+        return NativeCpuDevice(threads, cores, kv_dtype)
+    if name == "npu":
+        try:
+            from engine.devices.npu import NpuDevice
+        except (ImportError, OSError) as e:
+            raise UserError(
+                f"--device npu: torch-npu can't be loaded ({e}); `./run.sh doctor` says what is missing, or use --device cpu",
+                "device",
+            ) from None
+        return NpuDevice(dtype, index)
+    if name == "cuda":
+        from engine.devices.cuda import open_cuda
+
+        return open_cuda(dtype, index)
+    from engine.devices.cpu import CpuDevice
+
+    return CpuDevice(dtype, threads)

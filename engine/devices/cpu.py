@@ -6,7 +6,6 @@ launch order, whole steps: forward pass and sampling.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from engine.devices import Forward, StepInputs, StepOutput, StepView, torch_ops
-from engine.devices.torch_sampler import Sampler, indices, logprobs, logprobs_where_asked
+from engine.devices.torch_device import over
+from engine.devices.torch_sampler import Sampler, logprobs, logprobs_where_asked
 from engine.models import WeightPart
 from engine.types import OutOfMemory, UserError
 
@@ -84,7 +84,7 @@ class CpuDevice:
             sampled=len(step.rows),
             ids=sampler.resolve(torch.from_numpy(step.ids), torch.from_numpy(step.feed)),
             positions=torch.from_numpy(step.positions),
-            kv_slots=indices(step.kv_slots),
+            kv_slots=torch.from_numpy(step.kv_slots).long(),
             rows=torch.from_numpy(step.rows),
             attention=torch_ops.Paging(step.q_start, step.kv_len, step.blocks, {}),
         )
@@ -96,7 +96,7 @@ class CpuDevice:
             out.ids = ids.int().numpy()
             out.logprobs = logprobs_where_asked(logits[:sampled], ids, step.sampling.logprobs)
         if len(step.score_ids):
-            out.scores = logprobs(logits[sampled:], indices(step.score_ids), step.score_top)
+            out.scores = logprobs(logits[sampled:], torch.from_numpy(step.score_ids).long(), step.score_top)
         return out
 
     def close(self) -> None:
@@ -149,6 +149,8 @@ class CpuDevice:
 class CpuKVCache:
     """K and V of every layer in one memfd, so that another process can map it; pages are committed when first touched."""
 
+    lazy = True
+
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
         self.nbytes = int(np.prod(shape)) * dtype.itemsize
         try:
@@ -167,11 +169,3 @@ class CpuKVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self._layers[index]
-
-
-def over(data: memoryview, dtype: torch.dtype) -> Tensor:
-    """A flat tensor over `data`, which it keeps alive. Read-only memory too: torch would warn, and we never write to weights."""
-    address = np.frombuffer(data, np.uint8).ctypes.data
-    memory = (ctypes.c_char * data.nbytes).from_address(address)
-    memory.owner = data
-    return torch.frombuffer(memory, dtype=dtype)

@@ -25,7 +25,7 @@ from engine.native import cpu
 from engine.types import OutOfMemory, UserError
 
 MAP_NORESERVE = 0x4000  # Linux; Python 3.11's mmap has no name for it. Memory is committed as blocks are first used
-KV_GROUP = 16  # native/cpu/cpu.h: tokens that lie together in the cache
+QUANT_BYTES, QUANT_COLUMNS = 4, 64  # native/cpu/cpu.h
 LARGEST_VOCABULARY = (4 << 20) // 12  # native/cpu/sample.inc.h: three rows of logits fit a thread's scratch
 
 
@@ -63,18 +63,21 @@ class Buffer:
 class LayerKV(NamedTuple):
     """One layer's caches."""
 
+    kind: int  # of cpu.KV_KINDS
     keys: int  # address
     values: int
-    stride: int  # bfloat16 values from one group of tokens to the next
+    stride: int  # words of 16 bits from one group of tokens to the next
 
 
 class NativeKVCache:
-    """K and V, bfloat16 in the kernels' layout, a block's layers side by side. Pages are committed when first touched: huge ones
-    where the system gives them, which spares most page faults and misses of address translation."""
+    """K and V of a kind of `cpu.KV_KINDS`, in the kernels' layout, a block's layers side by side. Pages are committed when first
+    touched: huge ones where the system gives them, which spares most page faults and misses of address translation."""
 
-    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int):
-        each = KV_GROUP * kv_heads * head_dim  # values of a group in one layer's keys, or values
-        self.nbytes = blocks * block_size // KV_GROUP * layers * 2 * each * 2
+    lazy = True
+
+    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, kind: str = "bfloat16"):
+        each = kv_heads * cpu.kv_run(kind, head_dim)  # bytes of a group in one layer
+        self.nbytes = blocks * block_size // cpu.KV_GROUP * layers * each
         try:
             self.memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         except (OSError, ValueError, OverflowError) as e:
@@ -83,8 +86,9 @@ class NativeKVCache:
             ) from None
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self.memory.madvise(mmap.MADV_HUGEPAGE)
-        base, stride = address_of(self.memory), layers * 2 * each
-        self._layers = [LayerKV(base + 4 * i * each, base + (4 * i + 2) * each, stride) for i in range(layers)]
+        base, number = address_of(self.memory), cpu.KV_KINDS[kind]
+        keys = [base + i * each for i in range(layers)]
+        self._layers = [LayerKV(number, at, at + each // 2 if kind == "bfloat16" else 0, layers * each // 2) for at in keys]
 
     def layer(self, index: int) -> LayerKV:
         return self._layers[index]
@@ -121,9 +125,10 @@ class NativeCpuDevice:
     name = "cpu"
     block_size = 16
 
-    def __init__(self, threads: int, cores: Sequence[int] | None = None):
+    def __init__(self, threads: int, cores: Sequence[int] | None = None, kv_dtype: str = "auto"):
         self.threads = threads
         self.cores = cores
+        self.kv_kind = "int8" if kv_dtype == "int8" else "bfloat16"
         self.memory: dict[str, mmap.mmap] = {}
         self.buffers: dict[tuple[str, Rows], Buffer] = {}
         self.program: list[cpu.Op] | None = None
@@ -140,9 +145,9 @@ class NativeCpuDevice:
         return np.ascontiguousarray(array)
 
     def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> NativeKVCache:
-        assert block_size % KV_GROUP == 0, "capacity.resolve lets no other through"
+        assert block_size % cpu.KV_GROUP == 0, "capacity.resolve lets no other through"
         self.kv_block = block_size
-        return NativeKVCache(layers, blocks, block_size, kv_heads, head_dim)
+        return NativeKVCache(layers, blocks, block_size, kv_heads, head_dim, self.kv_kind)
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         if vocab > LARGEST_VOCABULARY:
@@ -260,9 +265,17 @@ class NativeCpuDevice:
         for part in weight.parts:
             n, k = part.shape
             i = (cpu.WEIGHT_KINDS[part.dtype], out.width, sensitive)
-            self.add(cpu.LINEAR, out.rows, out=to, x=self.half(x), w=address_of(part.data), b=added, n=n, k=k, i=i)
+            y = 0 if part.dtype == "bfloat16" else self.quantised(k)
+            self.add(cpu.LINEAR, out.rows, out=to, x=self.half(x), y=y, w=address_of(part.data), b=added, n=n, k=k, i=i)
             to += 4 * n
             added += 4 * n if added else 0
+
+    def quantised(self, k: int) -> int:
+        """Room for quantised activations of k columns; one matrix product at a time uses it."""
+        name = f"quantised.{k}"
+        if name not in self.memory:
+            return self.scratch(name, max(self.most.values()) * -(-k // QUANT_COLUMNS) * QUANT_COLUMNS * QUANT_BYTES)
+        return address_of(self.memory[name])
 
     def head_norm(self, qkv: Buffer, q_weight: Weight, k_weight: Weight, heads: int, kv_heads: int, eps: float) -> None:
         dim = qkv.width // (heads + 2 * kv_heads)
@@ -275,7 +288,7 @@ class NativeCpuDevice:
         assert self.cos_sin is None or self.cos_sin is cos_sin, "one rope table a model"
         self.cos_sin = cos_sin
         dim = qkv.width // (heads + 2 * kv_heads)
-        self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), y=kv.keys, b=kv.values, n=kv.stride, i=(heads, kv_heads, dim))
+        self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), i=(heads, kv_heads, dim), **self.cache(kv))
 
     def attention(
         self, out: Buffer, qkv: Buffer, kv: LayerKV, attention: None, heads: int, kv_heads: int, scale: float, window: int
@@ -283,7 +296,24 @@ class NativeCpuDevice:
         dim = qkv.width // (heads + 2 * kv_heads)
         f = (ctypes.c_float * 2)(scale)
         i = (heads, kv_heads, dim, window)
-        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), y=kv.keys, b=kv.values, n=kv.stride, i=i, f=f)
+        self.fetch_on_the_way()
+        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), i=i, f=f, **self.cache(kv))
+
+    @staticmethod
+    def cache(kv: LayerKV) -> dict[str, int]:
+        return {"y": kv.keys, "b": kv.values, "n": kv.stride, "k": kv.kind}
+
+    def fetch_on_the_way(self) -> None:
+        """The attention that is added next has its keys and values asked for by the matrix products since the one before it, by
+        the tiles they have."""
+        assert self.program is not None
+        begin = max((n for n, op in enumerate(self.program) if op.kind == cpu.ATTENTION), default=0)
+        linears = [(n, op) for n, op in enumerate(self.program[begin:], begin) if op.kind == cpu.LINEAR]
+        total, before = sum(op.n for _, op in linears), 0
+        for n, op in linears:
+            op.i[3] = len(self.program) - n
+            op.f[0], op.f[1] = before / total, (before + op.n) / total
+            before += op.n
 
     def swiglu(self, out: Buffer, gate_up: Buffer) -> None:
         self.add(cpu.SWIGLU, out.rows, out=self.half(out), x=self.full(gate_up), n=out.width)

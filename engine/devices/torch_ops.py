@@ -8,7 +8,7 @@ nor the schedule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def rope_store(qkv: Tensor, turn: tuple[Tensor, Tensor], kv: KV, kv_slots: Tenso
 # GATHER_BYTES of K and V allow. So the Python loop runs over kinds of tiles and amounts of memory, never over sequences,
 # and padding keys at most doubles the work.
 
-WIDTHS = np.array([1, 4, 16, 64])
+WIDTHS = (1, 4, 16, 64)
 # What one gather of K and V may take, unless a single tile takes more. It bounds memory; speed is the same from 4 MB up
 # (64 sequences of 256 tokens, SmolLM2-135M), and below that the loop shows.
 GATHER_BYTES = 8 << 20
@@ -136,6 +136,9 @@ class Paging:
     kv_len: np.ndarray
     blocks: np.ndarray
     plans: dict[int, Plan]  # by window
+    upload: Callable[[np.ndarray], Tensor] = torch.from_numpy  # a plan's arrays go where the cache is
+    widths: tuple[int, ...] = WIDTHS
+    gather_bytes: int = field(default_factory=lambda: GATHER_BYTES)
 
     def plan(self, window: int, block_size: int, token_bytes: int) -> Plan:
         if window not in self.plans:
@@ -146,7 +149,7 @@ class Paging:
 def make_plan(step: Paging, window: int, block_size: int, token_bytes: int) -> Plan:
     """Cut a step into tiles and batches of tiles; numpy over tiles, Python over batches."""
     counts = np.diff(step.q_start)
-    width_of = WIDTHS[np.minimum(np.searchsorted(WIDTHS, counts), len(WIDTHS) - 1)]
+    width_of = np.array(step.widths)[np.minimum(np.searchsorted(step.widths, counts), len(step.widths) - 1)]
     tiles_of = -(-counts // width_of)
     seq = np.repeat(np.arange(len(counts)), tiles_of)
     width = width_of[seq]
@@ -167,7 +170,7 @@ def make_plan(step: Paging, window: int, block_size: int, token_bytes: int) -> P
     start = 0
     for group in np.split(order, bounds):
         longest, wide = int(many[group[-1]]), int(width[group[0]])
-        fit = max(1, GATHER_BYTES // (longest * block_size * token_bytes))
+        fit = max(1, step.gather_bytes // (longest * block_size * token_bytes))
         for at in range(0, len(group), fit):
             part = group[at : at + fit]
             longest = int(many[part[-1]])
@@ -179,10 +182,10 @@ def make_plan(step: Paging, window: int, block_size: int, token_bytes: int) -> P
             keys = longest * block_size
             j = np.arange(keys + wide - 1)
             seen = (j <= reach) & (j > reach - window) if window else j <= reach
-            vector = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf)))
-            mask = vector.as_strided((len(part), 1, wide, keys), (vector.shape[1], 0, 1, 1))
+            vector = step.upload(np.where(seen, np.float32(0), np.float32(-np.inf)))
+            mask = vector.as_strided((len(part), 1, wide, keys), (vector.shape[1], 0, 1, 1), vector.storage_offset())
             stop = start + len(part) * wide
-            batches.append(Tiles(start, stop, wide, len(part), torch.from_numpy(blocks.reshape(-1)), mask))
+            batches.append(Tiles(start, stop, wide, len(part), step.upload(blocks.reshape(-1)), mask))
             # Padding repeats the tile's first query; what comes of it is not looked at.
             back = valid[part, None] - 1 - np.arange(wide)
             rows.append((step.q_start[seq[part], None] + first[part, None] + np.maximum(back, 0)).reshape(-1))
@@ -195,10 +198,20 @@ def make_plan(step: Paging, window: int, block_size: int, token_bytes: int) -> P
     places = np.empty(total, np.int64)
     found = np.flatnonzero(np.concatenate(real))
     places[picked[found]] = found
-    return Plan(torch.from_numpy(picked), torch.from_numpy(places), batches)
+    return Plan(step.upload(picked), step.upload(places), batches)
 
 
-def attention(out: Tensor, qkv: Tensor, kv: KV, plan: Plan, heads: int, kv_heads: int, scale: float, scratch: Scratch) -> None:
+def attention(
+    out: Tensor,
+    qkv: Tensor,
+    kv: KV,
+    plan: Plan,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    scratch: Scratch,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> None:
     """out[i] = softmax(q[i] . k * scale) v over the keys that query i sees; queries share the K and V of their head group."""
     keys, values = kv
     dim = keys.shape[-1]
@@ -214,11 +227,11 @@ def attention(out: Tensor, qkv: Tensor, kv: KV, plan: Plan, heads: int, kv_heads
         q, o = queries[t.start : t.stop], padded[t.start : t.stop]
         if t.width == 1:  # the queries that share a key head stand as rows of one small matrix
             shape = (t.count, kv_heads, heads // kv_heads, dim)
-            o.view(shape).copy_(F.scaled_dot_product_attention(q.view(shape), k, v, t.mask, scale=scale))
+            o.view(shape).copy_(attend(q.view(shape), k, v, t.mask, scale=scale))
         else:
             shape = (t.count, t.width, heads, dim)
             q = q.view(shape).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(q, k, v, t.mask, scale=scale, enable_gqa=True)
+            attended = attend(q, k, v, t.mask, scale=scale, enable_gqa=True)
             o.view(shape).copy_(attended.transpose(1, 2))
     if plan.places is not None:
         torch.index_select(padded, 0, plan.places, out=out)

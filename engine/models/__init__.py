@@ -37,8 +37,9 @@ class WeightPart(NamedTuple):
     """Rows of a packed tensor as they lie in memory. A tensor has one part, unless its sources are stored differently."""
 
     data: memoryview
-    dtype: str  # float32, bfloat16, or a quantised kind of engine/native/cpu
+    dtype: str  # float32, bfloat16, float16, or a quantised kind (of engine/native/cpu in panels, int8 in rows)
     shape: tuple[int, ...]
+    kind: str = "matrix"  # the spec's
 
 
 class Model(Protocol):

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -46,11 +47,14 @@ QUICK: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_ring_wake": (None, None),
     "ds_watch": (c_int, [c_int]),
     "ds_set_name": (None, [c_char_p]),
+    "ds_map_slab": (c_int, [c_int, c_uint64, c_int, POINTER(c_void_p)]),
+    "ds_unmap_slab": (None, [c_void_p, c_uint64]),
 }
 # These wait, or read gigabytes: without the lock.
 SLOW: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_ring_wait": (c_int, [c_void_p, c_int64]),
     "ds_checksum": (c_uint64, [c_void_p, c_uint64]),
+    "ds_collapse_slab": (c_uint64, [c_void_p, c_uint64]),
 }
 
 
@@ -74,7 +78,10 @@ class Library:
     ring_wait: Callable[[c_void_p | None, int], int]
     watch: Callable[[int], int]
     set_name: Callable[[bytes], None]
+    map_slab: Callable[..., int]
+    unmap_slab: Callable[[int, int], None]
     checksum: Callable[[int, int], int]
+    collapse_slab: Callable[[int, int], int]
 
     def __init__(self, path: Path):
         self.path = path
@@ -188,6 +195,24 @@ def watch_process(pidfd: int) -> None:
 def set_process_name(name: str) -> None:
     """What ps and top call this process (the first 15 bytes). Call it from the main thread."""
     load().set_name(name.encode())
+
+
+def map_slab(fd: int, nbytes: int, writable: bool = False) -> memoryview:
+    """All `nbytes` of a memfd, a multiple of 2 MiB, mapped until the last view of it is gone. Writable: it has nothing in it so
+    far, and is made of huge pages where the system can. Raises `OSError`."""
+    if not nbytes:
+        return memoryview(b"")
+    helper, at = load(), c_void_p()
+    code = helper.map_slab(fd, nbytes, writable, ctypes.byref(at))
+    if code:
+        raise OSError(-code, os.strerror(-code), f"mapping a slab of {nbytes} bytes")
+    assert at.value
+    if writable:
+        helper.collapse_slab(at.value, nbytes)
+    memory = (ctypes.c_char * nbytes).from_address(at.value)
+    weakref.finalize(memory, helper.unmap_slab, at.value, nbytes).atexit = False  # views may outlive the interpreter's end
+    view = memoryview(memory).cast("B")
+    return view if writable else view.toreadonly()
 
 
 def checksum(buffer: Any) -> int:

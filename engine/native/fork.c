@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -42,6 +43,43 @@ int ds_watch(int fd) {
 
 /* The name that ps, top and /proc show; 15 bytes of it count. */
 void ds_set_name(const char *name) { prctl(PR_SET_NAME, name, 0, 0, 0); }
+
+/* ---- slabs --------------------------------------------------------------------------------------------------------- */
+
+#define HUGE_PAGE ((uint64_t)2 << 20)
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+/* Maps all `bytes` of a memfd, a multiple of a huge page, at an address that is one too: so huge pages of it are mapped as such.
+ * 0 or -errno. Unmap with ds_unmap_slab. */
+int ds_map_slab(int fd, uint64_t bytes, int writable, void **out) {
+    char *room = mmap(NULL, bytes + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return -errno;
+    char *at = room + (-(uintptr_t)room & (HUGE_PAGE - 1)), *end = at + bytes;
+    void *slab = mmap(at, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_FIXED, fd, 0);
+    int failed = slab == MAP_FAILED ? errno : 0;
+    if (at > room) munmap(room, (size_t)(at - room));
+    munmap(failed ? at : end, (size_t)(room + bytes + HUGE_PAGE - (failed ? at : end)));
+    *out = slab;
+    return -failed;
+}
+
+void ds_unmap_slab(void *slab, uint64_t bytes) { munmap(slab, bytes); }
+
+/* Makes the slab, mapped writable and not written so far, of huge pages: a few hundred MB of weights are read with that many fewer
+ * misses of address translation. MADV_COLLAPSE does that whatever the system's setting for shared memory is (few have it on), and
+ * costs no more than faulting small pages in. A page must have been touched. Returns the bytes that are huge now: where the kernel
+ * doesn't know it or finds no memory in one piece, small pages serve. */
+uint64_t ds_collapse_slab(void *slab, uint64_t bytes) {
+    uint64_t done = 0;
+    for (char *at = slab, *end = at + bytes; at < end; at += HUGE_PAGE) {
+        *(volatile char *)at = 0;
+        if (madvise(at, HUGE_PAGE, MADV_COLLAPSE) == 0) done += HUGE_PAGE;
+        else if (errno == EINVAL) break;
+    }
+    return done;
+}
 
 /* ---- checksums ----------------------------------------------------------------------------------------------------- */
 

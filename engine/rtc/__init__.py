@@ -5,13 +5,19 @@ recomputation and never an answer. RTC knows block numbers, keys and reference c
 
 A block is in exactly one of three conditions:
 
-    free        on the free list, no key
+    free        on the free list or never used so far, no key
     cached      reference count 0, has a key, waits in `idle` (oldest first) to be matched again or evicted
     referenced  reference count > 0; has a key once it is full and computed (`commit`)
 
 Keyed blocks form the prefix tree: a block's parent is the block before it. A sequence that references a block references its
 parents too, and `free` drops a sequence's blocks last to first, so a child always becomes idle before its parent: the oldest idle
 block never has a cached child, and eviction takes leaves only without searching for them.
+
+Where memory is committed as blocks are first written, a block that was never used costs page faults, and memory that something
+else on the box could have, while most idle blocks are never asked for again. So the first `reach` blocks are recycled, oldest
+idle one first, before another is touched. What that costs is seen in `ghosts`, the keys of evicted blocks: a prompt that would
+have matched so many more makes the reach as much longer, up to all blocks there are. Live sequences get what they need,
+whatever the reach.
 """
 
 from __future__ import annotations
@@ -33,8 +39,12 @@ class Match:
 
 
 class RTC:
-    def __init__(self, blocks: int, block_size: int, prefix_caching: bool = True):
+    def __init__(self, blocks: int, block_size: int, prefix_caching: bool = True, reach: int | None = None):
+        """`reach`: blocks that are put to use before idle ones are recycled; None: all, as where memory is committed anyway."""
         self.blocks = blocks
+        self.reach = blocks if reach is None else min(reach, blocks)
+        self.touched = 0  # blocks from this number on were never used
+        self.ghosts: OrderedDict[bytes, None] = OrderedDict()  # keys of evicted blocks, oldest first
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.refs = [0] * blocks
@@ -42,7 +52,7 @@ class RTC:
         self.parents = [-1] * blocks  # the block before, for keyed blocks; -1: first of a prompt
         self.by_key: dict[bytes, int] = {}
         self.by_id: dict[str, list[int]] = {}  # explicit contexts; each holds a reference on its blocks
-        self.free_list = list(range(blocks - 1, -1, -1))
+        self.free_list: list[int] = []
         self.idle: OrderedDict[int, None] = OrderedDict()
         self.evictions = 0
 
@@ -53,11 +63,17 @@ class RTC:
         One token at least stays uncached, so that prefill has a row to sample from."""
         found: list[int] = []
         if self.prefix_caching:
-            for key in keys[: (tokens - 1) // self.block_size]:
+            keys = keys[: (tokens - 1) // self.block_size]
+            for key in keys:
                 block = self.by_key.get(key)
                 if block is None:
                     break
                 found.append(block)
+            for key in keys[len(found) :]:
+                if key not in self.ghosts:
+                    break
+                del self.ghosts[key]  # counted once
+                self.reach = min(self.reach + 1, self.blocks)
         return Match(found)
 
     def match_by_id(self, name: str) -> Match | None:
@@ -93,7 +109,7 @@ class RTC:
     @property
     def available(self) -> int:
         """Blocks that could be allocated now, evicting idle ones."""
-        return len(self.free_list) + len(self.idle)
+        return len(self.free_list) + self.blocks - self.touched + len(self.idle)
 
     @property
     def used(self) -> int:
@@ -153,9 +169,24 @@ class RTC:
         self.refs[block] += 1
 
     def _take(self) -> int:
-        block = self.free_list.pop() if self.free_list else self._evict()
+        if self.free_list:
+            block = self.free_list.pop()
+        elif self.touched < self.blocks and (self.touched < self.reach or not self.idle):
+            block = self.touched
+            self.touched += 1
+        else:
+            if self.touched < self.blocks:  # else the reach can't grow
+                self._remember(next(iter(self.idle)))
+            block = self._evict()
         self.refs[block] = 1
         return block
+
+    def _remember(self, block: int) -> None:
+        key = self.keys[block]
+        assert key is not None
+        self.ghosts[key] = None
+        if len(self.ghosts) > self.blocks:
+            self.ghosts.popitem(last=False)
 
     def _evict(self) -> int:
         block, _ = self.idle.popitem(last=False)
@@ -171,6 +202,9 @@ class RTC:
         """Verify every invariant; raises AssertionError. For tests: it visits every block."""
         free, idle = set(self.free_list), set(self.idle)
         assert len(free) == len(self.free_list), "a block is on the free list twice"
+        assert all(block < self.touched for block in free | idle), "a block was given back before it was taken"
+        assert len(self.ghosts) <= self.blocks, "more ghosts than blocks"
+        free |= set(range(self.touched, self.blocks))
         assert not free & idle, "a block is both free and idle"
         for block in range(self.blocks):
             key, refs = self.keys[block], self.refs[block]

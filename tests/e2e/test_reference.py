@@ -55,11 +55,12 @@ def test_alone_and_cold():
             assert answers(llm, [vector]) == [vector["greedy"]]
 
 
-@pytest.mark.parametrize(("quantization", "alike"), [("none", 16), ("auto", 14)])
-def test_on_the_compiled_kernels_every_text_is_the_same_however_the_work_is_cut(quantization, alike):
-    """bfloat16 (and more so a quantised matrix, with activations rounded for it) is not float32, but equal to itself bit for bit:
-    all at once cold, on prefix hits, chunked, alone, on two TEs; and it mostly says what the float32 reference says."""
-    settings = COMPILED | {"quantization": quantization}
+@pytest.mark.parametrize(("quantization", "kv", "alike"), [("none", "auto", 16), ("auto", "auto", 14), ("none", "int8", 14)])
+def test_on_the_compiled_kernels_every_text_is_the_same_however_the_work_is_cut(quantization, kv, alike):
+    """bfloat16 (and more so a quantised matrix, with activations rounded for it, or integers as keys and values) is not float32,
+    but equal to itself bit for bit: all at once cold, on prefix hits, chunked, alone, on two TEs; and it mostly says what the
+    float32 reference says."""
+    settings = COMPILED | {"quantization": quantization, "kv_cache_dtype": kv}
     with LLM(default_model(), **settings) as llm:
         texts = answers(llm, VECTORS)
         assert answers(llm, VECTORS) == texts, "on prefix hits"

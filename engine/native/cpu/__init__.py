@@ -92,6 +92,9 @@ FUNCTIONS = {
     "ds_team_free": (None, [c_void_p]),
     "ds_launch": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "ds_wait": (None, [c_void_p, c_int64]),
+    "ds_kv_bytes": (c_int64, [c_int, c_int64]),
+    "ds_group_columns": (c_int64, [c_int]),
+    "ds_packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
     "ds_pack": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int64, c_int64]),
 }
 
@@ -189,23 +192,15 @@ def choose() -> str:
 # keep what a GGUF file has, bit for bit.
 WEIGHT_KINDS = {"bfloat16": 0, "q4_0": 1, "q4_1": 2, "q8_0": 3, "q4_k": 4, "q6_k": 5, "int8": 6}
 
-# ds_panel: columns of a group, and the bytes that its scales and its quants take for 16 rows.
-PANELS = {
-    "bfloat16": (2, 0, 64),
-    "q4_0": (32, 32, 256),
-    "q4_1": (32, 64, 256),
-    "q8_0": (32, 32, 512),
-    "q4_k": (256, 320, 2048),
-    "q6_k": (256, 288, 3072),
-    "int8": (64, 32, 1024),
-}
+
+def group_columns(kind: str) -> int:
+    """Columns of a group of a kind of WEIGHT_KINDS: those of GGML have some whole ones."""
+    return int(load().ds_group_columns(WEIGHT_KINDS[kind]))
 
 
 def packed_bytes(kind: str, n: int, k: int) -> int:
     """Size of a packed matrix [n, k] of a kind of WEIGHT_KINDS: whole panels of 16 rows, a multiple of 64 bytes."""
-    columns, scales, quants = PANELS[kind]
-    groups = -(-k // columns)
-    return -(-n // 16) * (-(-groups * scales // 64) * 64 + groups * quants)
+    return int(load().ds_packed_bytes(WEIGHT_KINDS[kind], n, k))
 
 
 def pack(
@@ -221,9 +216,21 @@ def pack(
     "int8" is symmetric with a float16 scale for each 64 columns of a row. Weights beyond 127 x 65504 and what is not finite
     give a scale that is not finite, and so outputs that aren't.
     """
-    if kind not in ("bfloat16", "int8") and k % PANELS[kind][0]:
-        raise ValueError(f"a matrix of {k} columns can't be {kind}: its blocks have {PANELS[kind][0]}")
+    if kind not in ("bfloat16", "int8") and k % (columns := group_columns(kind)):
+        raise ValueError(f"a matrix of {k} columns can't be {kind}: its blocks have {columns}")
     load().ds_pack(WEIGHT_KINDS[kind], to, source, n, k, is_float, first, n if last is None else last)
+
+
+# ---- the KV cache ----------------------------------------------------------------------------------------------------
+
+
+KV_GROUP = 16  # cpu.h, DS_KV_GROUP: tokens that lie together in the cache
+KV_KINDS = {"bfloat16": 0, "int8": 1}  # enum ds_kv
+
+
+def kv_run(kind: str, head_dim: int) -> int:
+    """Bytes that keys and values of one head take for a group of tokens, with their scales where they have some."""
+    return int(load().ds_kv_bytes(KV_KINDS[kind], head_dim))
 
 
 # ---- the team --------------------------------------------------------------------------------------------------------

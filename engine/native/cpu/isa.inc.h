@@ -4,6 +4,7 @@
 #include "cpu.h"
 
 #include <math.h>
+#include <sched.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -11,6 +11,72 @@
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// ---- keys and values of the attention to come ------------------------------------------------------------------------
+// Decode attention is bound by memory and matrix products of many rows by arithmetic, so while these run the cache lines of the
+// next attention's keys and values are asked for. They go through the second-level cache into the third, where attention finds
+// them. DS_CACHE_SHARE of that cache at most: on a Zen 5 with 32 MB of it for eight cores, of which we have two, more brought nothing.
+
+enum { DS_CACHE_SHARE = 6 };
+
+struct Fetch {
+    const ds_op *to;  // the attention
+    const ds_step *step;
+    int64_t run;       // bytes of a group of 16 tokens, keys and values of all heads: they lie side by side
+    int64_t runs;      // to be asked for by this operator, from number `first` on
+    int64_t first;
+    int64_t sequence, before;  // of the last run found, and runs of earlier sequences
+    int64_t at, end;           // numbers of runs: of the next, and where this chunk's share ends
+    const char *line;          // and what is left of the current one
+    int64_t left;
+};
+
+// Runs that a sequence's queries look at.
+static inline int64_t runs_of(const ds_op *to, const ds_step *step, int64_t s, int64_t *oldest) {
+    const int64_t queries = step->q_start[s + 1] - step->q_start[s], length = step->kv_len[s], window = to->i[3];
+    *oldest = (window > 0 && length - queries + 1 > window ? length - queries + 1 - window : 0) / DS_KV_GROUP;
+    return (length + DS_KV_GROUP - 1) / DS_KV_GROUP - *oldest;
+}
+
+static Fetch plan_fetch(const ds_op *op, const ds_step *step, const ds_team *team) {
+    Fetch f = {};
+    if (!op->i[3]) return f;
+    f.to = op + op->i[3], f.step = step;
+    f.run = f.to->i[1] * ds_kv_run(f.to->k, f.to->i[2]);
+    int64_t all = 0, oldest;
+    for (int64_t s = 0; s < step->sequences; s++) all += runs_of(f.to, step, s, &oldest);
+    all = least(all, team->cache / DS_CACHE_SHARE / f.run);
+    f.first = (int64_t)((float)all * op->f[0]);
+    f.runs = (int64_t)((float)all * op->f[1]) - f.first;
+    return f;
+}
+
+static inline void begin_share(Fetch *f, int64_t chunk, int64_t chunks) {
+    f->at = f->first + f->runs * chunk / chunks, f->end = f->first + f->runs * (chunk + 1) / chunks;
+    f->left = 0;
+    if (f->at < f->before) f->sequence = f->before = 0;
+}
+
+struct Lines {  // `many` of 64 bytes
+    const char *at;
+    int64_t many;
+};
+
+// The next lines, at most `most` of them, of one run. None are left: a line that is asked for again and again, which costs nothing.
+static inline Lines next_lines(Fetch *f, int64_t most, const void *none) {
+    if (!f->left) {
+        if (f->at == f->end) return {(const char *)none, 0};
+        int64_t oldest, runs;
+        while (f->at >= f->before + (runs = runs_of(f->to, f->step, f->sequence, &oldest))) f->before += runs, f->sequence++;
+        const int64_t token = (oldest + f->at++ - f->before) * DS_KV_GROUP, size = f->step->block_size;
+        const int64_t slot = f->step->blocks[f->sequence * f->step->table_width + token / size] * size + token % size;
+        f->line = (const char *)f->to->y + slot / DS_KV_GROUP * f->to->n * 2;
+        f->left = (f->run + 63) / 64;
+    }
+    Lines lines = {f->line, least(f->left, most)};
+    f->line += lines.many * 64, f->left -= lines.many;
+    return lines;
+}
+
 struct Linear {
     const ds_bf16 *w;  // or a panel of quantised weights (quant.h)
     const float *bias;  // or null
@@ -19,8 +85,11 @@ struct Linear {
     int64_t block;   // bytes in a block of weights, / 2: what they are as bf16
     int64_t pairs;   // along K
     int64_t scales;  // bytes at the beginning of a block that are scales
+    Fetch *fetch;
 };
 
+enum { SHARED_ROWS = 8 };
+enum { TURNS = 1000 };  // of waiting for tiles that others prepare, some 40 us, before the core is offered to whoever wants it
 enum { GROUP = 4, PANEL = 96 };  // a panel is cut into tiles of 6, 16 or 32 rows without rest; 96 rows of K = 4096 take 768 KB
 
 #if defined(__AMX_BF16__)
@@ -288,6 +357,7 @@ static const void *prepare(const ds_bf16 *x, int64_t rows, int64_t k, void *scra
 // R rows by B blocks of outputs. `next` is what will be read after this, P lines of it asked for with each pair.
 template <int R, int B, int P>
 static void tile(const Linear &l, int64_t first, const X *x, int64_t row, const char *next) {
+    Lines lines = R > 1 ? next_lines(l.fetch, l.pairs, x) : Lines{};
     Sum sums[R][B];
     const ds_bf16 *w = l.w + first * l.block;
     const int64_t pairs = l.pairs, block = l.block;
@@ -298,6 +368,10 @@ static void tile(const Linear &l, int64_t first, const X *x, int64_t row, const 
     for (int64_t i = 0; i < pairs; i++, w += 32, x++, next += P * 64) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) __builtin_prefetch(next + p * 64, 0, 2);
+        if (R > 1) {
+            __builtin_prefetch(lines.at, 0, 2);
+            lines.at += --lines.many > 0 ? 64 : 0;
+        }
         Weights even[B], odd[B];
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) even[b] = weights<0>(w + b * block);
@@ -364,6 +438,9 @@ static void group(const Linear &l, int64_t first, const void *panel, int64_t row
 struct Format {  // what a kind of weights brings
     int64_t row_bytes, room;  // of a row made ready; of scratch that stays free before the panel
     const void *(*prepare)(const ds_bf16 *x, int64_t rows, int64_t k, void *scratch);
+    // Where preparing a panel takes time: in how many tiles it can be shared, and one of them; else null.
+    int64_t (*tiles)(int64_t rows);
+    void (*prepare_tile)(const ds_bf16 *x, int64_t rows, int64_t k, int64_t tile, void *panel);
     // `then`: the block that comes after this group, as far as that can be known
     void (*group)(const Linear &l, int64_t first, const void *panel, int64_t row0, int64_t rows, int64_t then, void *scratch);
 };
@@ -371,7 +448,7 @@ struct Format {  // what a kind of weights brings
 template <class W, int TERMS = 1>
 static Format quantised(int64_t k) {
     int64_t row_bytes = (k + W::GROUP - 1) / W::GROUP * (int64_t)sizeof(Quantised<W::GROUP>) * TERMS;
-    return {row_bytes, 0, quant_prepare<W, TERMS>, quant_group<W, TERMS>};
+    return {row_bytes, 0, quant_prepare<W, TERMS>, tiles_of, quant_tile_prepare<W, TERMS>, quant_group<W, TERMS>};
 }
 
 // `fine`: activations of 16 bits.
@@ -383,7 +460,7 @@ static Format format_of(int64_t kind, bool fine, int64_t k) {
         case DS_Q4_K: return fine ? quantised<Q4_K, 2>(k) : quantised<Q4_K>(k);
         case DS_Q6_K: return fine ? quantised<Q6_K, 2>(k) : quantised<Q6_K>(k);
         case DS_INT8: return quantised<Int8>(k);
-        default: return {row_bytes((k + 1) / 2), ROOM, prepare, group};
+        default: return {row_bytes((k + 1) / 2), ROOM, prepare, nullptr, nullptr, group};
     }
 }
 
@@ -393,7 +470,9 @@ static void linear(const ds_op *op, const ds_step *step, ds_team *team) {
     int64_t pairs = (op->k + 1) / 2, blocks = (op->n + 15) / 16, groups = (blocks + GROUP - 1) / GROUP;
     int64_t kind = op->i[0], stride = op->i[1] ? op->i[1] : op->n, block = ds_panel_bytes(kind, op->k) / (int64_t)sizeof(ds_bf16);
     Linear l = {(const ds_bf16 *)op->w, (const float *)op->b, (float *)op->out, op->n, stride, blocks, block, pairs,
-                ds_scales_bytes(kind, op->k)};
+                ds_scales_bytes(kind, op->k), nullptr};
+    Fetch fetch = plan_fetch(op, step, team);
+    l.fetch = &fetch;
     const Format format = format_of(kind, op->i[2] != 0, op->k);
     const ds_bf16 *x = (const ds_bf16 *)op->x;
 
@@ -407,13 +486,36 @@ static void linear(const ds_op *op, const ds_step *step, ds_team *team) {
     int64_t each = least(enough, panels * groups / (8 * team->threads) + 1);
     int64_t parts = (groups + each - 1) / each, chunks = panels * parts;
 
+    // Activations are quantised once for all members, tile after tile in the first chunks, into y; of a few rows each member makes
+    // its own sooner than it would wait for the others.
+    const bool shared = format.tiles && op->y && team->threads > 1 && rows >= SHARED_ROWS;
+    const int64_t tiles = shared ? format.tiles(height) : 0;
+    const int64_t all = shared ? (panels - 1) * tiles + format.tiles(rows - (panels - 1) * height) : 0;
+
     const void *panel = nullptr;
     int64_t ready = -1;
     begin_linear();
-    for (int64_t chunk; (chunk = ds_take(team)) < chunks;) {
+    for (int64_t chunk; (chunk = ds_take(team) - all) < chunks;) {
+        if (chunk < 0) {
+            int64_t p = (chunk + all) / tiles, row0 = p * height;
+            char *to = (char *)op->y + row0 * format.row_bytes;
+            format.prepare_tile(x + row0 * op->k, least(height, rows - row0), op->k, (chunk + all) % tiles, to);
+            __atomic_add_fetch(team->ready, 1, __ATOMIC_RELEASE);
+            continue;
+        }
         int64_t p = chunk / parts, row0 = p * height, height_here = least(height, rows - row0);
-        if (p != ready) panel = format.prepare(x + row0 * op->k, height_here, op->k, team->scratch), ready = p;
+        if (p != ready) {
+            if (shared) {
+                for (int turn = 0; __atomic_load_n(team->ready, __ATOMIC_ACQUIRE) < all; turn++)
+                    turn < TURNS ? ds_relax() : (void)sched_yield();
+                panel = (const char *)op->y + row0 * format.row_bytes;
+            } else {
+                panel = format.prepare(x + row0 * op->k, height_here, op->k, team->scratch);
+            }
+            ready = p;
+        }
         int64_t begin = chunk % parts * each, end = least(begin + each, groups);
+        begin_share(&fetch, chunk, chunks);
         for (int64_t g = begin; g < end; g++) {
             // Chunks are taken in turn, more or less: this thread's next is so many further. There may be none: then nothing
             // comes of it, but that this group's last blocks, which are here, are asked for again.

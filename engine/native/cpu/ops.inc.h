@@ -321,7 +321,82 @@ DS_INLINE void rotate(float *x, const float *cos, int64_t half) {
     }
 }
 
+// As integers of 8 bits (DS_KV_INT8):
+
+template <int S> DS_INLINE I fold_largest_bits(I v) {
+    if constexpr (S == 0) return v;
+    else {
+        I other = (I)swap_lanes<S>((F)v);
+        return fold_largest_bits<S / 2>(v < other ? other : v);
+    }
+}
+
+// The largest of the absolute values, or what is not a number where one isn't finite: of positive floats the larger has the
+// larger bits, and what isn't finite the largest.
+DS_INLINE float largest_size(const float *x, int64_t n) {
+    I top = {};
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        F v = n - j < WIDTH ? load_part(x + j, n - j) : load(x + j);
+        I bits = (I)v & 0x7fffffff;
+        top = top < bits ? bits : top;
+    }
+    int32_t bits = fold_largest_bits<WIDTH / 2>(top)[0];
+    if (bits >= 0x7f800000) return __builtin_nanf("");
+    float size;
+    __builtin_memcpy(&size, &bits, sizeof size);
+    return size;
+}
+
+// The nearest integers, ties to even, in the low bits of the words: |v| < 2^22.
+DS_INLINE U nearest(F v) { return (U)(v + DS_ROUND); }
+
+// x[0 .. n) as integers of up to 127, in the low byte of each word, times the bf16 scale that is returned.
+DS_INLINE ds_bf16 quantise(uint32_t *to, const float *x, int64_t n) {
+    float size = largest_size(x, n) / 127.0f;
+    if (!(size == size)) {
+        __builtin_memset(to, 0, (size_t)n * sizeof *to);
+        return 0x7fc0;
+    }
+    uint32_t bits;
+    __builtin_memcpy(&bits, &size, sizeof bits);
+    const ds_bf16 scale = (ds_bf16)((bits + 0xffffu) >> 16);
+    const F over = splat(scale ? widen(scale) : 1.0f);
+    for (int64_t j = 0; j < n; j += WIDTH) {
+        U integers = nearest((n - j < WIDTH ? load_part(x + j, n - j) : load(x + j)) / over);
+        __builtin_memcpy(to + j, &integers, sizeof integers);  // may go beyond n
+    }
+    return scale;
+}
+
+static void rope_store_int8(const ds_op *op, const ds_step *step, ds_team *team) {
+    int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2], run = ds_kv_run(DS_KV_INT8, dim);
+    uint32_t *integers = (uint32_t *)team->scratch;
+    DS_EACH_ROW(t, (int64_t)step->tokens) {
+        float *x = (float *)op->x + t * (heads + 2 * kv_heads) * dim;
+        const float *turn = step->cos_sin + (int64_t)step->positions[t] * dim;
+        for (int64_t h = 0; h < heads + kv_heads; h++) rotate(x + h * dim, turn, dim / 2);
+        const float *k = x + heads * dim, *v = k + kv_heads * dim;
+        const int64_t slot = step->kv_slots[t], lane = slot % DS_KV_GROUP;
+        char *group = (char *)op->y + slot / DS_KV_GROUP * (op->n ? op->n * 2 : kv_heads * run);
+        for (int64_t h = 0; h < kv_heads; h++, group += run) {
+            char *keys = group + lane * 2, *values = group + (DS_KV_GROUP + lane / 2 * 2) * dim + lane % 2;
+            ds_bf16 *scales = (ds_bf16 *)(group + DS_KV_GROUP * 2 * dim) + lane;
+            ds_bf16 key_scale = quantise(integers, k + h * dim, dim);
+            for (int64_t d = 0; d < dim; d += 2) {
+                char pair[2] = {(char)integers[d], (char)integers[d + 1]};
+                __builtin_memcpy(keys + d * DS_KV_GROUP, pair, 2);
+            }
+            ds_bf16 value_scale = quantise(integers, v + h * dim, dim);
+            for (int64_t d = 0; d < dim; d++) values[d * 2] = (char)integers[d];
+            // Weights and values meet as integers, which would hide a value that isn't finite: its key tells of it.
+            scales[0] = value_scale == 0x7fc0 ? value_scale : key_scale;
+            scales[DS_KV_GROUP] = value_scale;
+        }
+    }
+}
+
 static void rope_store(const ds_op *op, const ds_step *step, ds_team *team) {
+    if (op->k == DS_KV_INT8) return rope_store_int8(op, step, team);
     int64_t heads = op->i[0], kv_heads = op->i[1], dim = op->i[2];
     DS_EACH_ROW(t, (int64_t)step->tokens) {
         float *x = (float *)op->x + t * (heads + 2 * kv_heads) * dim;

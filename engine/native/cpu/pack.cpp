@@ -234,3 +234,9 @@ extern "C" void ds_pack(int kind, void *dst, const void *src, int64_t n, int64_t
             from.pack_row(panel, quants, (const uint8_t *)src + (row + r) * (k / from.columns) * from.bytes, k, r);
     }
 }
+
+// Columns of a group of a kind's weights: a matrix of GGML's kinds has some whole ones.
+extern "C" int64_t ds_group_columns(int kind) { return ds_panel_of(kind).columns; }
+
+// Of a packed matrix [n, k].
+extern "C" int64_t ds_packed_bytes(int kind, int64_t n, int64_t k) { return (n + ROWS - 1) / ROWS * ds_panel_bytes(kind, k); }

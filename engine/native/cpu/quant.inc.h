@@ -337,22 +337,25 @@ DS_QUANT void quantise(const ds_bf16 *x, int64_t columns, Quantised<GROUP> *to) 
     if constexpr (TERMS == 2) quantise_rest<GROUP, OFFSET>(x, columns, *to, to + 1);
 }
 
+// Tile `tile` of a panel of `rows` rows, into the panel `to`.
+template <class W, int TERMS>
+static void quant_tile_prepare(const ds_bf16 *x, int64_t rows, int64_t k, int64_t tile, void *panel) {
+    typedef Quantised<W::GROUP> Group;
+    const int64_t groups = (k + W::GROUP - 1) / W::GROUP, tiles = tiles_of(rows);
+    const int64_t first = rows * tile / tiles, height = rows * (tile + 1) / tiles - first;
+    Group *to = (Group *)panel + first * groups * TERMS;
+    for (int64_t r = 0; r < height; r++) {
+        const ds_bf16 *from = x + (first + r) * k;
+        for (int64_t g = 0; g < k / W::GROUP; g++)
+            quantise<W::GROUP, W::OFFSET, TERMS>(from + g * W::GROUP, W::GROUP, to + (g * height + r) * TERMS);
+        if (int64_t rest = k % W::GROUP)
+            quantise<W::GROUP, W::OFFSET, TERMS>(from + k - rest, rest, to + ((groups - 1) * height + r) * TERMS);
+    }
+}
+
 template <class W, int TERMS>
 static const void *quant_prepare(const ds_bf16 *x, int64_t rows, int64_t k, void *scratch) {
-    typedef Quantised<W::GROUP> Group;
-    int64_t groups = (k + W::GROUP - 1) / W::GROUP, tiles = tiles_of(rows);
-    Group *to = (Group *)scratch;
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
-        for (int64_t r = 0; r < height; r++) {
-            const ds_bf16 *from = x + (first + r) * k;
-            for (int64_t g = 0; g < k / W::GROUP; g++)
-                quantise<W::GROUP, W::OFFSET, TERMS>(from + g * W::GROUP, W::GROUP, to + (g * height + r) * TERMS);
-            if (int64_t rest = k % W::GROUP)
-                quantise<W::GROUP, W::OFFSET, TERMS>(from + k - rest, rest, to + ((groups - 1) * height + r) * TERMS);
-        }
-        to += groups * height * TERMS;
-    }
+    for (int64_t tile = 0; tile < tiles_of(rows); tile++) quant_tile_prepare<W, TERMS>(x, rows, k, tile, scratch);
     return scratch;
 }
 
@@ -373,6 +376,7 @@ static void quant_tile(const Linear &l, int64_t first, const Quantised<W::GROUP>
     // soon that there are always loads enough under way (asking took it 6 % longer on a Zen 5, where it saves nibbles 18 %).
     const bool ask = R > 1 || W::MOST < 255;
     enum { LINES = W::QUANTS / W::PARTS / 64 };
+    Lines lines = R > 1 ? next_lines(l.fetch, groups * TERMS * W::GROUP / 4, x) : Lines{};
     Floats sums[R][U];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -395,6 +399,10 @@ static void quant_tile(const Linear &l, int64_t first, const Quantised<W::GROUP>
                 if (ask && step % TERMS == 0 && i < LINES)
 #pragma GCC unroll 8
                     for (int u = 0; u < U; u += UNITS) __builtin_prefetch(quants[u] + ahead + (part * LINES + i) * 64, 0, 2);
+                if (R > 1) {
+                    __builtin_prefetch(lines.at, 0, 2);
+                    lines.at += --lines.many > 0 ? 64 : 0;
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++) {
                     Words four = spread_word(x[r * TERMS].q + 4 * W::word(i));

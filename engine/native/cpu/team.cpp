@@ -30,14 +30,6 @@
 
 enum { SPIN_NS = 40000 };  // about what a futex takes to put a thread to sleep and wake it up, some times over
 
-static inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb");  // `yield` does nothing on most cores; this takes about as long as x86's pause
-#endif
-}
-
 static int64_t now_ns() {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -63,7 +55,7 @@ static void wait_for_change(Bell *bell, uint32_t seen) {
     for (;;) {
         for (int i = 0; i < 32; i++) {
             if (__atomic_load_n(&bell->value, __ATOMIC_ACQUIRE) != seen) return;
-            relax();
+            ds_relax();
         }
         int64_t now = now_ns();
         if (!stop) stop = now + SPIN_NS;
@@ -105,6 +97,7 @@ struct Program {
 
 struct alignas(64) Place {  // an operator's
     int64_t next;    // the next chunk to be taken
+    int64_t ready;   // what the operator counts
     int32_t inside;  // members that run it now
 };
 
@@ -133,6 +126,7 @@ struct Crew {
     Place *places;
     int64_t room;  // in places
     int threads;
+    int64_t cache;
     int ending;
     pid_t process;
     int *cores;  // or null: members run where the system puts them
@@ -153,7 +147,7 @@ static void run_program(Crew *crew, int index) {
         if ((int64_t)(uint32_t)(done - program->base) > i) i = (uint32_t)(done - program->base);
         if (i >= program->count) return;
         Place *place = &crew->places[i];
-        ds_team view = {index, crew->threads, &place->next, crew->members[index].scratch};
+        ds_team view = {index, crew->threads, &place->next, &place->ready, crew->members[index].scratch, crew->cache};
         __atomic_add_fetch(&place->inside, 1, __ATOMIC_ACQ_REL);
         program->kernels[program->ops[i].kind](&program->ops[i], program->step, &view);
         // A kernel returns when there is nothing more to take. So the last one out knows that all is done; who enters later
@@ -184,15 +178,18 @@ static void *live(void *argument) {
     }
 }
 
-// Runs `next`, joined by whoever is there.
-static void lead(Crew *crew, const Program &next) {
+// Lets whoever is there begin with `next`.
+static void open_program(Crew *crew, const Program &next) {
     memset((void *)crew->places, 0, next.count * sizeof(Place));
     crew->program = next;
     crew->program.base = crew->done.value;
     // Whoever joins sees all of the above. One that is about to leave a gate it found closed is still counted in it.
     __atomic_fetch_and(&crew->gate, ~CLOSED, __ATOMIC_ACQ_REL);
     if (crew->threads > 1) ring(&crew->start);
-    run_program(crew, 0);
+}
+
+// Returns when it is done and nobody is in it.
+static void close_program(Crew *crew) {
     __atomic_fetch_or(&crew->gate, CLOSED, __ATOMIC_ACQ_REL);
     for (;;) {
         uint32_t seen = __atomic_load_n(&crew->left.value, __ATOMIC_SEQ_CST);
@@ -201,17 +198,35 @@ static void lead(Crew *crew, const Program &next) {
     }
 }
 
-// Member 0's life.
+// Member 0's life. Who waits for a program is told when the next one is open, where one is queued: woken up, it takes a core from
+// a member, and the others go on meanwhile.
 static void *live_first(void *argument) {
     Crew *crew = ((Member *)argument)->crew;
     pthread_setname_np(pthread_self(), "ds-cpu-0");
     if (crew->cores) pin(crew->cores[0]);
-    for (uint32_t finished = 0;; finished++) {
-        wait_for_change(&crew->launched, finished);
-        if (__atomic_load_n(&crew->ending, __ATOMIC_ACQUIRE)) return nullptr;
-        lead(crew, crew->queue[finished % QUEUE]);
-        ring(&crew->finished);
+    bool owing = false;
+    for (uint32_t begun = 0;; begun++) {
+        if (owing && __atomic_load_n(&crew->launched.value, __ATOMIC_ACQUIRE) == begun) ring(&crew->finished), owing = false;
+        wait_for_change(&crew->launched, begun);
+        if (__atomic_load_n(&crew->ending, __ATOMIC_ACQUIRE)) break;
+        open_program(crew, crew->queue[begun % QUEUE]);
+        if (owing) ring(&crew->finished);
+        run_program(crew, 0);
+        close_program(crew);
+        owing = true;
     }
+    if (owing) ring(&crew->finished);
+    return nullptr;
+}
+
+// Bytes of the last-level cache; 0 where the system doesn't tell.
+static int64_t last_level_cache() {
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    long kilobytes = 0;
+    if (!file) return 0;
+    if (fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
+    fclose(file);
+    return (int64_t)kilobytes << 10;
 }
 
 static void *map_scratch() {
@@ -243,6 +258,7 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     if (!crew) return nullptr;
     memset(crew, 0, sizeof *crew);
     crew->gate = CLOSED;
+    crew->cache = last_level_cache();
     crew->process = getpid();
     crew->members = (Member *)calloc(threads, sizeof(Member));
     if (cores && (crew->cores = (int *)malloc(threads * sizeof(int)))) memcpy(crew->cores, cores, threads * sizeof(int));
@@ -346,3 +362,5 @@ extern "C" const ds_kernel *ds_cpu_select(const char *isa) {
 #endif
     return nullptr;
 }
+
+extern "C" int64_t ds_kv_bytes(int kind, int64_t head_dim) { return ds_kv_run(kind, head_dim); }
