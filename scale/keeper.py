@@ -213,9 +213,11 @@ class Keeper:
 
     # ---- forking ----------------------------------------------------------------------------------------------------
     def spawn(self, order: Spawn, fds: list[int], model: Model) -> None:
-        from engine import shmq, worker
+        from engine import devices, shmq, worker
 
         started = time.monotonic()
+        if kind := devices.touched():
+            raise RuntimeError(f"the keeper has used a device ({kind}) and can't be forked any more")
         gc.freeze()  # what exists now stays out of the child's collections, so its pages stay shared
         pid = os.fork()
         if pid == 0:

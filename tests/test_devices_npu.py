@@ -37,6 +37,17 @@ def npu_python() -> Path:
 # ---- over the stub --------------------------------------------------------------------------------------------------
 
 
+def test_the_keeper_may_fork_until_a_device_is_touched(npu_python):
+    told = environment.run("""
+        from engine import devices
+        devices.preload("npu", "rows")
+        print(repr(devices.touched()))
+        devices.open_device("npu", "float32", 1)
+        print(repr(devices.touched()))
+    """)
+    assert told.split() == ["''", "'npu'"]
+
+
 @pytest.mark.parametrize("cases", ["all", "captured or launched or padding or bucket"], ids=["at_once", "queued"])
 def test_the_device_over_the_stub(cases, npu_python):
     """Queued: every stream runs in a thread of its own, so that a wait that is missing is seen. Those are the cases of whole

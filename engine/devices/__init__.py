@@ -11,6 +11,8 @@ This module imports no torch; only the files beside it do.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +22,9 @@ import numpy as np
 from engine.devices import ascend
 from engine.models import WeightPart
 from engine.types import UserError, WeightFormat
+
+# An installed torch-npu would be imported by `import torch`, which fails where there is no CANN: --device npu imports it itself.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 Tensor = Any  # opaque outside this folder
 Rows = Any  # opaque row count of a step: `StepView.tokens` or `StepView.sampled`
@@ -315,6 +320,14 @@ def preload(name: str, weights: WeightFormat) -> None:
         import engine.devices.cuda
     else:
         import engine.devices.cpu  # noqa: F401
+
+
+def touched() -> str:
+    """The kind of accelerator that this process has used, or "". What a driver keeps of it does not survive a fork, and neither
+    torch-npu nor CANN stops one."""
+    torch = sys.modules.get("torch")
+    apis = {name: getattr(torch, name, None) for name in ("npu", "cuda")}
+    return next((name for name, api in apis.items() if api is not None and api.is_initialized()), "")
 
 
 def open_device(

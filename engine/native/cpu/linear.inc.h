@@ -30,9 +30,12 @@ struct Fetch {
     int64_t left;
 };
 
-// Runs that a sequence's queries look at.
+enum { FETCHED_QUERIES = 8 };  // a sequence with more reads each key so often that arithmetic is its bound too
+
+// Runs that a sequence's queries look at, to be asked for.
 static inline int64_t runs_of(const ds_op *to, const ds_step *step, int64_t s, int64_t *oldest) {
     const int64_t queries = step->q_start[s + 1] - step->q_start[s], length = step->kv_len[s], window = to->i[3];
+    if (queries > FETCHED_QUERIES) return *oldest = 0;
     *oldest = (window > 0 && length - queries + 1 > window ? length - queries + 1 - window : 0) / DS_KV_GROUP;
     return (length + DS_KV_GROUP - 1) / DS_KV_GROUP - *oldest;
 }
