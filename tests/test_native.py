@@ -221,3 +221,34 @@ def test_checksum_of_an_array_is_of_its_bytes() -> None:
     changed = weights.copy()
     changed[9, 99] = -1.0
     assert native.checksum(changed) != native.checksum(weights)
+
+
+# ---- slabs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slab_is_one_memory_for_all_and_goes_with_its_last_view():
+    size, huge = 4 << 20, 2 << 20
+    fd = os.memfd_create("a-slab-of-this-test")
+    os.ftruncate(fd, size)
+    ours, theirs = native.map_slab(fd, size, writable=True), native.map_slab(fd, size)
+    os.close(fd)
+    assert ours.nbytes == theirs.nbytes == size and theirs.readonly and not any(theirs[::4096])
+    ours[huge - 1 : huge + 1] = b"ab"
+    assert theirs[huge - 1 : huge + 1] == b"ab"
+    part = theirs[-8:]
+
+    def mapped() -> list[int]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return [int(line.split("-")[0], 16) for line in lines if "a-slab-of-this-test" in line]
+
+    assert len(mapped()) == 2 and all(start % huge == 0 for start in mapped())
+    del ours, theirs
+    assert len(mapped()) == 1 and bytes(part) == bytes(8)
+    del part
+    assert not mapped()
+
+
+def test_a_slab_of_what_is_no_memory_is_refused():
+    with pytest.raises(OSError, match="mapping a slab of 2097152 bytes"):
+        native.map_slab(-1, 2 << 20)
+    assert native.map_slab(-1, 0).nbytes == 0
