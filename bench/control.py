@@ -32,7 +32,7 @@ import uvloop
 
 from engine import native, shmq
 from engine.batch import Batch
-from engine.config import Config
+from engine.config import Config, Seat
 from engine.core import Core
 from engine.devices import StepInputs, StepOutput
 from engine.executor import Executor
@@ -144,6 +144,14 @@ class Vocabulary(msgspec.Struct):
     vocab: int
 
 
+class Nowhere:
+    """A KV cache of no memory."""
+
+    nbytes = 1
+
+    def commit(self, blocks: int) -> None: ...
+
+
 def run_te(inbox: shmq.RingFds, outbox: shmq.RingFds, script: np.ndarray, vocab: int, period: float) -> None:
     """What `engine.worker` does, without weights."""
     native.watch_process(os.pidfd_open(os.getppid()))
@@ -155,7 +163,7 @@ def run_te(inbox: shmq.RingFds, outbox: shmq.RingFds, script: np.ndarray, vocab:
 
     blocks = MOST_STREAMS * CONTEXT // BLOCK
     batch = Batch(RTC(blocks, BLOCK, False), max_seqs=MOST_STREAMS, max_tokens=1024, max_len=CONTEXT)
-    executor = Executor(PacedDevice(script, period), Vocabulary(vocab), None, batch.tables, BLOCK, 1024)  # type: ignore[arg-type]
+    executor = Executor(PacedDevice(script, period), Vocabulary(vocab), Nowhere(), batch.tables, BLOCK, 1024)  # type: ignore[arg-type]
     receiver = shmq.Receiver(inbox)
     tell(Ready(0, os.getpid(), blocks, BLOCK, {}, time.monotonic(), {}))
     Core(batch, executor, receiver, tell).run(True)
@@ -189,7 +197,7 @@ class OneTE(AsyncLLM):
         """The TE, once it takes tasks; its process ends with the link or with this one."""
         await self.start()
         assert self.je is not None
-        te = TE(0, "bench", self.je)
+        te = TE(0, "bench", self.je, Seat("colocated"))
         te.climb = ladder.Climb(0, time.monotonic())
         fds = [fd for ring in te.link.rings for fd in ring.numbers()]
         process = await asyncio.to_thread(lambda: subprocess.Popen([*command, *map(str, fds)], pass_fds=fds, cwd=ROOT))

@@ -203,7 +203,7 @@ class Matrices:
         raw |= 0x10  # scales and values of ordinary sizes: infinities and subnormal numbers may take longer
         weights = raw[-raw.ctypes.data % 64 :]
         self._weights.append(weights)
-        i = (cpu.WEIGHT_KINDS[self._kind], 0, 0, 0)
+        i = (cpu.WEIGHT_KINDS[self._kind],)
         to, x, w = self._out.ctypes.data, self._x.ctypes.data, weights.ctypes.data
         return cpu.Op(kind=cpu.LINEAR, out=to, x=x, w=w, n=n, k=k, i=i)
 

@@ -2,15 +2,7 @@
 drafts are all that.
 
 A plan depends on messages and counters alone, never on wall time and never on which ids came out, so the next step is planned
-while this one runs. What a sequence counts:
-
-    known      ids we have: the prompt and what was generated
-    flying     1 while a launched step is going to sample for it
-    drafted    ids that step takes on trust after the known ones, to verify them
-    done       tokens whose KV is written, or will be by launched steps
-    committed  full blocks that are in RTC's prefix tree
-
-    0 .. done .. known + flying      the next step computes from `done`; reaching the end, it samples one more
+while this one runs. What a sequence counts stands in engine/sequence.py.
 
 Speculation is the exception: drafts are made from ids, and how many hold is seen in the step's outcome, so while a sequence
 may have drafts the next plan waits for that (`must_wait`). The step samples after every drafted id with the noise of that
@@ -22,21 +14,26 @@ greedy or sampled. What rejected ids left in the KV cache lies past `done` and i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.config import Speculation
-from engine.devices import Logprobs, StepOutput
-from engine.rtc import RTC, block_keys, root_key
-from engine.speculate import NOTHING, agreeing, next_length, propose
+from engine.devices import StepOutput
+from engine.report import Report
+from engine.rtc import RTC, Match, block_keys, root_key
+from engine.rtc.cost import Costs
+from engine.rtc.wire import Fetched, Found
+from engine.sequence import Plan, Sequence, Work, counts_ids, decodes, leader_is_through, scored_rows, share, token_logprobs
+from engine.speculate import agreeing, next_length, propose
 from engine.types import (
     Finish,
+    FromWorker,
+    HandedOver,
+    Handover,
     Load,
     PromptDone,
     Refused,
-    SamplingParams,
+    Reserved,
     Start,
     TokenLogprobs,
     Tokens,
@@ -44,65 +41,17 @@ from engine.types import (
     split_sequence_id,
 )
 
-# Prompt log-probabilities need logits of every prompt row: at 49 152 entries of 4 bytes, 128 rows are 25 MB.
-SCORED_CHUNK = 128
-
 # With more sequences than this nobody speculates, since rows cost arithmetic then and not bytes. Recorded texts of
 # SmolLM2-135M replayed with assumed costs of a step (6 ms, and 0.55 ms a row: a rough fit on two cores): with 8 sequences
 # decoding is 0.98 to 1.5 times as fast, with 16 it is 0.96 to 1.2 times.
 SPECULATING_SEQS = 8
 
+# Room that is reserved for an expected sequence beyond what is known of it: one that moves here goes on where it is meanwhile.
+SPARE_TOKENS = 32
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One sample of a task while it lives in this TE."""
-
-    id: int
-    params: SamplingParams
-    ids: np.ndarray  # int32, room for prompt and output
-    prompt: int  # tokens of the caller's prompt
-    known: int
-    limit: int  # ends when known reaches it
-    stop_ids: frozenset[int]
-    seed: int
-    order: tuple[int, int]  # (priority, arrival): smaller goes first
-    key: bytes  # root of its prefix keys
-    keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as computed
-    leader: Sequence | None = None  # sibling whose prefill this one waits for, to share its blocks
-    slot: int = -1
-    blocks: list[int] = field(default_factory=list)
-    done: int = 0
-    flying: int = 0
-    drafted: int = 0
-    trust: int = 0  # how long its next draft may be
-    committed: int = 0
-    cached: int = -1  # prompt tokens found cached at first admission; -1: not admitted yet
-    started: float = 0.0
-    epoch: int = 0  # grows when the sequence loses its blocks; a launched step of an older epoch computed nothing to keep
-    ended: bool = False
-    setup_sent: bool = False  # the device's sampling state for this slot is this sequence's
-    scores: list[TokenLogprobs | None] | None = None
-
-    @property
-    def target(self) -> int:
-        return self.known + self.flying
-
-
-@dataclass(slots=True)
-class Work:
-    """A sequence's share of one step: tokens `start` to `start + count`; `sample` where that reaches the end.
-
-    The last of the tokens may be a draft (int32 ids); then one more is sampled after each."""
-
-    seq: Sequence
-    start: int
-    count: int
-    sample: bool
-    epoch: int
-    draft: np.ndarray = field(default_factory=lambda: NOTHING)
-
-
-Plan = list[Work]
+# A sequence that waits for room may lose the device's part of its prefix after the slower tiers were asked for the rest. They are
+# asked once more; who loses it again is in a TE so full that computing is the least trouble.
+MOST_LOOKUPS = 2
 
 
 class Batch:
@@ -121,13 +70,27 @@ class Batch:
         self.waiting: list[tuple[tuple[int, int], Sequence]] = []  # heap
         self.arrivals = 0
         self.load = Load(blocks_total=rtc.blocks)
-        self.pending: list[tuple[int, int, Finish]] = []  # (sequence, id or -1, finish) decided outside a step
-        self.refused: list[Refused] = []
-        self.begin_report()
+        self.notices: list[FromWorker] = []  # to be told beside tokens
+        self.expected: dict[int, Sequence] = {}  # with slot and blocks, until their KV is there
+        self.handing: dict[int, Sequence] = {}  # computed here, their blocks kept until the receiver has them
+        self.handed: list[Sequence] = []  # of these, new ones
+        self.finished: list[Sequence] = []  # ended by themselves before they were handed over
+        self.stuck = False  # nothing can run until something arrives, leaves or lets blocks go
+        self.costs: Costs | None = None  # of slower tiers, where there are any
+        self.lends = False  # another TE computes prompts in our blocks: what comes before them must be there
+        self.tickets = 0  # of lookups and fetches
+        self.lookups: list[tuple[int, list[bytes]]] = []  # (ticket, keys) to be sent
+        self.asking: dict[int, Sequence] = {}  # by ticket
+        self.fetches: list[tuple[int, Found, int, list[int]]] = []  # (ticket, what, first offer, into blocks) to be begun
+        # By ticket: who waits, into which blocks, each with a reference more; and whether it then runs here.
+        self.fetching: dict[int, tuple[Sequence, list[int], bool]] = {}
+        self.unwanted: list[Found] = []  # to be released
+        self.report = Report()
 
     # ---- arrivals and departures ------------------------------------------------------------------------------------
     def start(self, msg: Start) -> None:
         """Take a task in. A sequence that can never run is refused at once."""
+        self.rtc.now = max(self.rtc.now, msg.at)
         prompt = np.frombuffer(msg.prompt, np.int32)
         leader: Sequence | None = None
         for sample in msg.samples:
@@ -135,8 +98,9 @@ class Batch:
             known = len(prompt) + len(generated)
             limit = len(prompt) + msg.max_tokens
             name = sequence_id(msg.task, sample.index)
-            if limit > self.max_len or -(-limit // self.rtc.block_size) > self.rtc.blocks:
-                self.refused.append(Refused(name, f"{limit} tokens do not fit this TE's {self.max_len}"))
+            lent = msg.handover is not None and msg.handover.how == "lent"
+            if limit > self.max_len or (not lent and -(-limit // self.rtc.block_size) > self.rtc.blocks):
+                self.notices.append(Refused(name, f"{limit} tokens do not fit this TE's {self.max_len}"))
                 continue
             ids = np.empty(limit, np.int32)
             ids[: len(prompt)] = prompt
@@ -148,51 +112,235 @@ class Batch:
                 ids=ids,
                 prompt=len(prompt),
                 known=known,
+                begun=known,
                 limit=limit,
                 stop_ids=frozenset(msg.stop_ids),
                 seed=sample.seed & (2**64 - 1),
                 order=(msg.priority, self.arrivals),
                 key=root_key(msg.salt),
                 leader=leader,
+                expected=msg.expect and leader is None,
+                handover=msg.handover,
+                until=msg.at + msg.retain if msg.retain else 0.0,
+                context=msg.context if msg.preserve else "",
             )
+            if msg.context and not msg.preserve and (match := self.rtc.match_by_id(msg.context)) is not None:
+                seq.keys = self.context_keys(seq, match)
             seq.trust = 0 if self.speculation is None or counts_ids(msg.params) else 1
-            if msg.params.prompt_logprobs is not None and not len(generated):
+            if msg.params.prompt_logprobs is not None and not len(generated) and not msg.expect:
                 seq.scores = [None]
             elif known >= limit:  # nothing to compute: an echo without log-probabilities, or a replay of a full text
-                self.pending.append((name, -1, Finish.LENGTH))
+                self.report.row(name, -1, Finish.LENGTH)
                 continue
             leader = leader or seq
             self.sequences[name] = seq
             self.extend_keys(seq)
+            self.look_up(seq)
             heapq.heappush(self.waiting, (seq.order, seq))
+        self.stuck = False
 
-    def abort(self, task: int, sample: int) -> None:
-        """Forget one sequence, or a task's all."""
+    def abort(self, task: int, sample: int) -> list[Sequence]:
+        """Forget one sequence, or a task's all: which ones there were."""
         every = [n for n in self.sequences if split_sequence_id(n)[0] == task]
         names = every if sample < 0 else [sequence_id(task, sample)]
-        for name in names:
-            if (seq := self.sequences.get(name)) is not None:
-                self.end(seq)
+        found = [seq for name in names if (seq := self.sequences.get(name)) is not None]
+        for seq in found:
+            self.end(seq)
+        return found
 
     def end(self, seq: Sequence) -> None:
         seq.ended = True
         del self.sequences[seq.id]
-        if seq.slot >= 0:
+        if self.expected.pop(seq.id, None) is None and seq.slot >= 0:
             self.running.remove(seq)
-            self.release(seq)
+        self.handing.pop(seq.id, None)
+        self.forget_found(seq)
+        self.release(seq)
+        self.stuck = False
 
     def release(self, seq: Sequence) -> None:
         """Give back slot and blocks. What was committed stays findable until evicted."""
-        self.rtc.free(seq.blocks)
-        self.slots.append(seq.slot)
+        if not seq.lent:
+            if seq.until:
+                self.rtc.retain(seq.blocks[: seq.committed], seq.until)
+            if seq.context and seq.committed:
+                self.rtc.preserve(seq.context, seq.keys[: min(seq.committed, seq.prompt // self.rtc.block_size)], seq.until)
+            self.rtc.free(seq.blocks)
+        if seq.slot >= 0:
+            self.slots.append(seq.slot)
         seq.blocks, seq.slot = [], -1
         seq.done = seq.committed = seq.drafted = 0
         seq.epoch += 1
         seq.setup_sent = False
 
+    # ---- from and to other pools ------------------------------------------------------------------------------------
+    def arrived(self, seq: Sequence, tokens: int) -> None:
+        """The KV of an expected sequence's first `tokens` tokens is in its blocks: it runs from there on."""
+        del self.expected[seq.id]
+        seq.expected = False
+        seq.done = tokens
+        self.commit(seq, tokens)
+        self.run(seq)
+
+    def adopt(self, name: int, generated: np.ndarray) -> bool:
+        """An expected sequence was computed on another TE, up to the last of `generated` (int32). False: it isn't expected."""
+        seq = self.expected.get(name)
+        if seq is None:
+            return False
+        seq.known = seq.prompt + len(generated)
+        seq.ids[seq.prompt : seq.known] = generated
+        self.extend_keys(seq)
+        self.arrived(seq, seq.known - 1)
+        return True
+
+    def move(self, name: int, handover: Handover) -> str:
+        """Hand a running sequence over once no step has it; or why it can't be."""
+        seq = self.sequences.get(name)
+        if seq is None or seq.slot < 0 or seq.expected or seq.handover is not None:
+            return "it doesn't run here now"
+        if seq.done < seq.known - 1 or seq.scores is not None:
+            return "its prompt isn't computed yet"
+        seq.handover, seq.moving = handover, True
+        self.leave_when_still(seq)
+        return ""
+
+    def leave_when_still(self, seq: Sequence) -> None:
+        """A moving sequence that no step has goes."""
+        if seq.moving and not seq.flying and not seq.ended and seq.slot >= 0:
+            assert seq.handover is not None
+            if (seq.known - 1) > len(seq.handover.blocks) // 4 * self.rtc.block_size:
+                self.stay(seq, "it has outgrown the blocks that were reserved for it")
+            else:
+                self.hand_over(seq)
+
+    def stay(self, seq: Sequence, why: str) -> None:
+        """A moving sequence can't leave: it goes on here."""
+        seq.handover, seq.moving = None, False
+        self.notices.append(HandedOver(seq.id, -1, why))
+
+    def hand_over(self, seq: Sequence) -> None:
+        """What was asked of this TE is computed: the sequence keeps its blocks until the receiver has them."""
+        self.commit(seq, seq.known - 1)
+        self.running.remove(seq)
+        self.slots.append(seq.slot)
+        seq.slot = -1
+        self.handing[seq.id] = seq
+        self.handed.append(seq)
+        self.stuck = False
+
+    def take_back(self, seq: Sequence, why: str) -> None:
+        """A moving sequence could not be carried: it waits to go on here."""
+        del self.handing[seq.id]
+        self.stay(seq, why)
+        self.release(seq)
+        heapq.heappush(self.waiting, (seq.order, seq))
+        self.stuck = False
+
+    def let_go(self, name: int) -> None:
+        """The receiver has a handed over sequence."""
+        if (seq := self.handing.get(name)) is not None:
+            self.end(seq)
+
+    def context_keys(self, seq: Sequence, match: Match) -> list[bytes]:
+        """Keys of a prompt that begins with an explicit context, as far as that is here: nothing to hash again. The first is made
+        anew, so that a context of another salt than the sequence's is none of its own."""
+        keys = [key for block in match.blocks if (key := self.rtc.keys[block]) is not None]
+        first = list(block_keys(seq.key, seq.ids[: self.rtc.block_size].tobytes(), self.rtc.block_size))
+        return keys if keys[:1] == first else []
+
+    # ---- slower tiers -----------------------------------------------------------------------------------------------
+    def look_up(self, seq: Sequence) -> None:
+        """Ask the slower tiers for the blocks of its prefix that the device lacks; until the answer it waits."""
+        if self.costs is None or seq.scores is not None or seq.lent or seq.leader is not None:
+            return
+        if seq.expected and not self.lends:
+            return  # whoever computes its prompt has what comes before carried here
+        seq.asked_from = len(self.rtc.match_by_prefix_token(seq.keys, seq.known).blocks)
+        if keys := seq.keys[seq.asked_from : (seq.known - 1) // self.rtc.block_size]:
+            seq.asked += 1
+            seq.asking = True
+            self.tickets += 1
+            self.asking[self.tickets] = seq
+            self.lookups.append((self.tickets, keys))
+
+    def found(self, answer: Found) -> None:
+        """What the slower tiers have of a sequence's prefix."""
+        seq = self.asking.pop(answer.name)
+        seq.asking = False
+        if seq.ended:
+            self.unwanted.append(answer)
+        elif answer.offers:
+            seq.found = answer
+        self.stuck = False
+
+    def wanted(self, seq: Sequence, match: Match) -> int | None:
+        """How many blocks behind those that the device has are to be loaded, and not computed. None: what the lookup began after
+        is no longer there, so it must be made again."""
+        if seq.found is None or self.costs is None:  # nothing, or the tiers are gone since
+            return 0
+        first = len(match.blocks) - seq.asked_from
+        if first < 0:
+            return None if seq.asked < MOST_LOOKUPS else 0
+        tiers = [offer.tier for offer in seq.found.offers[first:]]
+        count = self.costs.blocks_to_load(tiers)
+        self.load.blocks_loaded += count
+        self.load.blocks_recomputed += len(tiers) - count
+        return count
+
+    def forget_found(self, seq: Sequence) -> None:
+        if seq.found is not None:
+            self.unwanted.append(seq.found)
+            seq.found = None
+
+    def load_blocks(self, seq: Sequence, need: int, count: int) -> None:
+        """Have the first `count` of the `need` blocks that it lacks loaded: it is expected until they are there."""
+        assert seq.found is not None
+        first = len(seq.blocks) - seq.asked_from
+        blocks = self.rtc.alloc_blocks(need)
+        assert blocks is not None, "admit counted them"
+        self.tables[seq.slot, len(seq.blocks) : len(seq.blocks) + need] = blocks
+        seq.blocks += blocks
+        self.rtc.hold(blocks[:count])
+        self.tickets += 1
+        self.fetching[self.tickets] = (seq, blocks[:count], not seq.expected)
+        seq.expected = True
+        self.expected[seq.id] = seq
+        self.fetches.append((self.tickets, seq.found, first, blocks[:count]))
+        seq.found = None
+
+    def fetched(self, answer: Fetched) -> None:
+        """Blocks were loaded: the sequence computes what comes after them."""
+        seq, blocks, runs = self.fetching.pop(answer.name)
+        size = self.rtc.block_size
+        self.rtc.free(blocks)
+        self.stuck = False
+        for tier, many in answer.blocks.items():
+            if many and self.costs is not None:
+                self.costs.loaded(tier, many * self.costs.block_bytes, answer.seconds[tier])
+        if seq.ended:
+            return
+        dram, ssd = answer.blocks["dram"] * size, answer.blocks["ssd"] * size
+        if runs:
+            self.arrived(seq, seq.done + dram + ssd)
+        else:
+            seq.done += dram + ssd
+            self.commit(seq, seq.done)
+            self.tell_reserved(seq, dram, ssd)
+        self.load.populates += dram + ssd > 0
+        self.load.prefix_hits += dram + ssd
+        self.load.dram_hits += dram
+        self.load.ssd_hits += ssd
+        if not seq.started:  # else it was here before, and lost its blocks
+            gained = min(seq.done, seq.prompt) - seq.cached
+            seq.cached += gained
+            seq.dram = min(dram, gained)
+            seq.ssd = gained - seq.dram
+
     # ---- planning ---------------------------------------------------------------------------------------------------
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self.pending or self.refused)
+        """Whether another turn of the loop could bring anything before a message does."""
+        unsaid = self.report.seqs or self.notices or self.handed or self.lookups
+        return bool(self.running or unsaid or (self.waiting and not self.stuck))
 
     def plan(self) -> Plan:
         """The next step: decodes first, then the rest of the token budget shared by the prefills; what is left goes to drafts."""
@@ -200,11 +348,11 @@ class Batch:
             return []
         plan: Plan = []
         for seq in list(self.running):
-            if decodes(seq) and self.grow(seq, seq.target):
+            if decodes(seq) and not seq.moving and self.grow(seq, seq.target):
                 plan.append(Work(seq, seq.done, 1, True, seq.epoch))
         self.admit()
         planned = {w.seq.id for w in plan}
-        prefills = [s for s in self.running if s.done < s.known and s.id not in planned]
+        prefills = [s for s in self.running if s.done < s.known and s.id not in planned and not s.moving]
         for seq, count in share(prefills, self.max_tokens - len(plan)):
             if seq is self.running[0]:
                 self.grow(seq, seq.done + 1)  # the oldest always moves on, so prefills can't wait for each other's blocks
@@ -212,13 +360,14 @@ class Batch:
                 continue  # the oldest took its blocks
             count = self.fit(seq, count)
             if count > 0:
-                sample = seq.done + count == seq.target and seq.target < seq.limit
+                sample = seq.done + count == seq.target and seq.target < seq.stays
                 plan.append(Work(seq, seq.done, count, sample, seq.epoch))
         plan = [w for w in plan if w.epoch == w.seq.epoch]  # a prefill may have preempted a decode planned before it
         for work in plan:
             work.seq.done += work.count
             work.seq.flying += work.sample
         self.add_drafts(plan)
+        self.stuck = not self.running
         return plan
 
     def must_wait(self) -> bool:
@@ -235,7 +384,7 @@ class Batch:
             seq = work.seq
             if not work.sample or work.count > 1 or seq.known == work.start:
                 continue  # a chunk; or its last id is in flight, since the batch was wide until now
-            want = min(seq.trust, left, seq.limit - seq.known - 1)
+            want = min(seq.trust, left, seq.stays - seq.known - 1)
             draft = propose(seq.ids, seq.known, spec.prompt_lookup_min, spec.prompt_lookup_max, want)
             if count := len(draft) and self.fit(seq, len(draft)):
                 work.draft = draft[:count]
@@ -253,29 +402,49 @@ class Batch:
         # Blocks that running prefills are about to fill. Who needs one of them next waits for it: that takes no longer than
         # computing it a second time.
         caching = self.rtc.prefix_caching
-        coming = {key for s in self.running if s.done < s.known for key in s.keys[s.committed :]} if caching else set()
+        filling = [*(s for s in self.running if s.done < s.known), *self.expected.values()]
+        coming = {key for s in filling for key in s.keys[s.committed :]} if caching else set()
         blocked: list[tuple[tuple[int, int], Sequence]] = []
         while self.waiting and self.slots:
             _, seq = self.waiting[0]
             if seq.ended:
                 heapq.heappop(self.waiting)
                 continue
-            if seq.flying or (seq.leader is not None and not leader_is_through(seq.leader)):
+            if seq.flying or seq.asking or (seq.leader is not None and not leader_is_through(seq.leader)):
                 blocked.append(heapq.heappop(self.waiting))
+                continue
+            if seq.lent:
+                heapq.heappop(self.waiting)
+                self.take_lent(seq)
                 continue
             match = self.rtc.match_by_prefix_token(seq.keys if seq.scores is None else [], seq.known)
             if seq.scores is None and coming.intersection(seq.keys[len(match.blocks) : len(match.blocks) + 1]):
                 blocked.append(heapq.heappop(self.waiting))
                 continue
-            need = -(-min(seq.known + 1, seq.limit) // size) - len(match.blocks)
+            ahead = SPARE_TOKENS if seq.expected else 1
+            need = -(-min(seq.known + ahead, seq.limit) // size) - len(match.blocks)
             # Blocks the match would take out of the idle list are no longer there to be evicted.
             idle = sum(self.rtc.refs[b] == 0 for b in match.blocks)
             # One block of slack for each running sequence keeps the newcomer from being preempted by the next decode.
-            if need + idle + promised + len(self.running) > self.rtc.available and self.running:
+            if need + idle + promised + len(self.running) > self.rtc.available:
+                assert self.running or self.expected or self.handing or self.rtc.copied or self.fetching, "it fits an idle TE"
                 break
             heapq.heappop(self.waiting)
+            loaded = self.wanted(seq, match)
+            if loaded is None:
+                self.forget_found(seq)
+                self.look_up(seq)
+                blocked.append((seq.order, seq))
+                continue
             self.take_slot(seq, match.blocks and self.rtc.populate(match))
-            promised += need
+            if loaded:
+                self.load_blocks(seq, need, loaded)
+            elif seq.expected:
+                self.reserve(seq, need)
+            else:
+                self.run(seq)
+                promised += need
+            self.forget_found(seq)
             if caching:
                 coming.update(seq.keys[seq.committed :])
         for entry in blocked:
@@ -291,6 +460,31 @@ class Batch:
             seq.cached = min(seq.done, seq.prompt)
             self.load.prefix_queries += seq.known
             self.load.prefix_hits += seq.done
+
+    def take_lent(self, seq: Sequence) -> None:
+        """Slot and blocks of a sequence that computes in another TE's blocks."""
+        assert seq.handover is not None
+        seq.slot = self.slots.pop()
+        seq.blocks = np.frombuffer(seq.handover.blocks, np.int32).tolist()
+        self.tables[seq.slot, : len(seq.blocks)] = seq.blocks
+        seq.done = seq.handover.cached
+        seq.cached = min(seq.done, seq.prompt)
+        self.run(seq)
+
+    def reserve(self, seq: Sequence, count: int) -> None:
+        """Slot and blocks are an expected sequence's: say so."""
+        blocks = self.rtc.alloc_blocks(count)
+        assert blocks is not None, "admit counted them"
+        self.tables[seq.slot, len(seq.blocks) : len(seq.blocks) + count] = blocks
+        seq.blocks += blocks
+        self.expected[seq.id] = seq
+        self.tell_reserved(seq)
+
+    def tell_reserved(self, seq: Sequence, dram: int = 0, ssd: int = 0) -> None:
+        self.notices.append(Reserved(seq.id, np.array(seq.blocks, np.int32).tobytes(), seq.done, dram, ssd))
+
+    def run(self, seq: Sequence) -> None:
+        """Take a sequence with slot and blocks into the running ones."""
         at = len(self.running)
         while at and self.running[at - 1].order > seq.order:
             at -= 1
@@ -322,9 +516,14 @@ class Batch:
 
     def preempt(self, seq: Sequence) -> None:
         """Take slot and blocks; it waits again and recomputes what the prefix tree no longer holds."""
+        if seq.moving:
+            self.stay(seq, "it has lost its blocks")
         self.running.remove(seq)
         self.release(seq)
+        seq.pushed = False  # what is computed again is carried again
         self.extend_keys(seq)
+        seq.asked = 0
+        self.look_up(seq)
         if seq.scores is not None:
             seq.scores = [None]
         self.load.preemptions += 1
@@ -351,11 +550,14 @@ class Batch:
                     computed += self.take_ids(work, out, row)
                 row += 1 + len(work.draft)
             elif live and seq.known >= seq.limit and computed >= seq.known and work.epoch == seq.epoch:
-                self.emit(seq, -1, Finish.LENGTH, None)  # scored only: nothing to generate
+                self.emit(seq, -1, Finish.LENGTH)  # scored only: nothing to generate
                 self.end(seq)
+                if seq.handover is not None:
+                    self.finished.append(seq)
             if not seq.ended and work.epoch == seq.epoch:
                 self.load.prompt_tokens += max(0, min(computed, seq.prompt) - work.start)
                 self.commit(seq, computed)
+                self.leave_when_still(seq)
 
     def take_ids(self, work: Work, out: StepOutput, row: int) -> int:
         """Take what was sampled for `work`, first in `row`: an id for each drafted id that holds, and one more. Returns how
@@ -408,14 +610,20 @@ class Batch:
             if seq.slot >= 0:
                 self.commit(seq, seq.known - 1)
             self.end(seq)
+            if seq.handover is not None:
+                self.finished.append(seq)
+        elif seq.known == seq.stays:
+            self.hand_over(seq)
 
     def commit(self, seq: Sequence, computed: int) -> None:
         """Make blocks that are full, computed and of known ids findable."""
         full = min(computed, seq.known) // self.rtc.block_size
-        if full <= seq.committed:
+        if full <= seq.committed or seq.lent:
             return
         self.extend_keys(seq)
         for i in range(seq.committed, full):
+            if seq.handover is not None and self.rtc.holds(seq.keys[i]):
+                return  # committed by another one meanwhile. This block may be on its way to another pool: it stays as it is
             block = self.rtc.commit(seq.blocks[i], seq.keys[i], seq.blocks[i - 1] if i else -1)
             if block != seq.blocks[i]:
                 seq.blocks[i] = self.tables[seq.slot, i] = block
@@ -431,43 +639,23 @@ class Batch:
         seq.keys += block_keys(seq.keys[-1] if seq.keys else seq.key, fresh.tobytes(), size)
 
     # ---- the message of a step --------------------------------------------------------------------------------------
-    def emit(self, seq: Sequence, token: int, finish: Finish, logprobs: TokenLogprobs | None) -> None:
-        report = self._report
-        report.seqs.append(seq.id)
-        report.ids.append(token)
-        report.finish.append(int(finish))
-        if logprobs is not None or report.logprobs is not None:
-            if report.logprobs is None:
-                report.logprobs = [None] * (len(report.seqs) - 1)
-            report.logprobs.append(logprobs)
+    def emit(self, seq: Sequence, token: int, finish: Finish, logprobs: TokenLogprobs | None = None) -> None:
+        self.report.row(seq.id, token, finish, logprobs)
         if seq.known - seq.prompt <= 1 or seq.scores is not None:
-            if report.prompts is None:
-                report.prompts = []
-            report.prompts.append(PromptDone(seq.id, max(seq.cached, 0), seq.started, seq.scores))
+            self.report.prompt(PromptDone(seq.id, max(seq.cached, 0), seq.started, seq.scores, seq.dram, seq.ssd))
             seq.scores = None
 
-    def begin_report(self) -> None:
-        self._report = Tokens([], [], [], self.load)
-
     def take_report(self) -> Tokens | None:
-        """What happened since `begin_report`, or None where there is nothing that the control process does not know.
+        """What happened since the last one, or None where there is nothing that the control process does not know.
 
         A cancelled sequence brings no token, but it changes the load: a message without rows then tells that."""
-        report = self._report
-        for name, token, finish in self.pending:
-            report.seqs.append(name)
-            report.ids.append(token)
-            report.finish.append(int(finish))
-            if report.logprobs is not None:
-                report.logprobs.append(None)
-        self.pending.clear()
         load = self.load
         before = (load.running, load.waiting, load.blocks_used)
         load.running = len(self.running)
-        load.waiting = len(self.sequences) - len(self.running)
+        load.waiting = len(self.sequences) - len(self.running) - len(self.expected) - len(self.handing)
         load.blocks_used = self.rtc.used
         changed = before != (load.running, load.waiting, load.blocks_used)
-        return report if report.seqs or changed else None
+        return self.report.take(load) if self.report.seqs or changed else None
 
     def check(self) -> None:
         """Verify the counts against RTC; raises AssertionError. For tests."""
@@ -475,59 +663,20 @@ class Batch:
         held: dict[int, int] = {}
         for seq in self.running:
             assert not seq.ended and seq.slot >= 0
-            assert 0 <= seq.flying <= 1 and seq.done - seq.drafted <= seq.target <= seq.limit
+            assert 0 <= seq.flying <= 1 and seq.done - seq.drafted <= seq.target <= seq.stays
             assert seq.done <= seq.limit and (not seq.drafted or seq.flying)
             assert len(seq.blocks) * self.rtc.block_size >= seq.done
+        slotted = [*self.running, *self.expected.values()]
+        for seq in slotted:
             assert list(self.tables[seq.slot, : len(seq.blocks)]) == seq.blocks
-            for block in seq.blocks:
+        for seq in [*slotted, *self.handing.values()]:
+            assert self.sequences[seq.id] is seq
+            for block in [] if seq.lent else seq.blocks:
                 held[block] = held.get(block, 0) + 1
-        for blocks in self.rtc.by_id.values():
+        for _, blocks, _ in self.fetching.values():
             for block in blocks:
                 held[block] = held.get(block, 0) + 1
         assert all(self.rtc.refs[b] == held.get(b, 0) for b in range(self.rtc.blocks)), "a block leaked"
-        slots = [s.slot for s in self.running]
+        slots = [s.slot for s in slotted]
         assert sorted(slots + self.slots) == list(range(len(self.tables))), "a slot leaked"
         assert self.running == sorted(self.running, key=lambda s: s.order)
-
-
-def leader_is_through(leader: Sequence) -> bool:
-    """The leader's prompt is computed (and so committed), or it left."""
-    return leader.ended or leader.known > leader.prompt
-
-
-def decodes(seq: Sequence) -> bool:
-    """The next step computes one token of it and samples the next."""
-    return seq.slot >= 0 and seq.target - seq.done == 1 and seq.target < seq.limit and seq.scores is None
-
-
-def counts_ids(params: SamplingParams) -> bool:
-    """Whether the device counts a sequence's ids for penalties. It counts whatever it samples, so a rejected draft would be
-    counted too: such a sequence doesn't speculate."""
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-
-
-def share(prefills: Iterable[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-    """Split a token budget over prefills, given by order. The shortest go first, so that the median prompt waits least; the
-    first in order is sure of a quarter, so that a long one moves on too."""
-    want = [(s, min(s.target - s.done, SCORED_CHUNK) if s.scores is not None else s.target - s.done) for s in prefills]
-    if not want:
-        return []
-    out = [0] * len(want)
-    out[0] = min(want[0][1], -(-budget // 4))
-    budget -= out[0]
-    for i in sorted(range(len(want)), key=lambda i: want[i][1]):
-        more = min(want[i][1] - out[i], budget)
-        out[i] += more
-        budget -= more
-    return [(s, count) for (s, _), count in zip(want, out, strict=True) if count > 0]
-
-
-def scored_rows(work: Work) -> int:
-    """Rows of a chunk whose next token is in the prompt."""
-    return max(0, min(work.start + work.count, work.seq.prompt - 1) - work.start)
-
-
-def token_logprobs(values: Logprobs, row: int, top: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        float(values.chosen[row]), int(values.rank[row]), values.top_ids[row, :top].tolist(), values.top[row, :top].tolist()
-    )

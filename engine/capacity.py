@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from engine import devices
-from engine.config import Config
-from engine.models import Model
+from engine.config import Config, ranks, seats
+from engine.models import PANEL_ROWS, Model
 from engine.native import cpu
 from engine.types import OutOfMemory, Packing, UserError
 
@@ -115,10 +115,6 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     if reason:
         why["device"] = reason
     kind = devices.kind(device)
-    if config.tensor_parallel_size != 1:
-        raise UserError(
-            "--tensor-parallel-size: only 1 is supported so far; use --te N for more executors", "tensor_parallel_size"
-        )
     tokens = config.max_num_batched_tokens or max(kind.step_tokens, config.max_num_seqs)
     if config.max_num_batched_tokens is None:
         enough = tokens == kind.step_tokens
@@ -137,6 +133,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     if config.quantization == "int8" and (needs := devices.int8_needs(device, dtype, box.compiled)):
         raise UserError(f"--quantization int8 needs {needs}", "quantization")
     panels = devices.weight_format(device, dtype, box.compiled) == "panels"
+    check_ranks(config, model, device, dtype, panels, box.compiled)
     if needs := devices.kv_dtype_needs(device, dtype, config.kv_cache_dtype, box.compiled):
         raise UserError(f"--kv-cache-dtype {config.kv_cache_dtype} needs {needs}", "kv_cache_dtype")
     if config.pin_threads and not panels:
@@ -155,8 +152,9 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     if config.block_size is None:
         why["block_size"] = f"what {device} likes"
 
+    check_pd(config, device)
     block_bytes = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * block_size
-    free = box.free_bytes - weight_bytes - PROCESS_BYTES * config.te
+    free = box.free_bytes - weight_bytes - PROCESS_BYTES * sum(ranks(config))
     if free <= 0:
         raise OutOfMemory(
             f"--model: its weights take {gib(weight_bytes)} as {dtype} and a process {gib(PROCESS_BYTES)};"
@@ -164,6 +162,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
             + (" Use --dtype bfloat16 or a smaller model." if dtype == "float32" else " Use a smaller model."),
             "dtype" if dtype == "float32" else "model",
         )
+    check_tiers(config, device, dtype, box, block_bytes, free)
     resolved = msgspec.structs.replace(config, device=device, dtype=dtype, block_size=block_size, max_num_batched_tokens=tokens)
     if kind.own_memory:
         check_length(config.max_model_len, model)
@@ -172,7 +171,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         if config.kv_cache_memory_bytes is None:
             why["kv_cache_memory_bytes"] = f"{OWN_SHARE:.0%} of what the {device} has free beside the weights"
         return msgspec.structs.replace(resolved, max_model_len=config.max_model_len or model.max_len), why
-    room = free // config.te
+    room = (free - config.kv_dram_bytes) // sum(seat.lender < 0 for seat in seats(config))
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > room:
         raise OutOfMemory(
             f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}: {config.te} x {gib(config.kv_cache_memory_bytes)} do not"
@@ -208,6 +207,86 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     if config.kv_cache_memory_bytes is None:
         why["kv_cache_memory_bytes"] = f"{blocks} blocks: of {gib(box.free_bytes)} free memory, for {config.te} TE"
     return msgspec.structs.replace(resolved, max_model_len=length, kv_cache_memory_bytes=blocks * block_bytes), why
+
+
+def check_ranks(config: Config, model: Model, device: str, dtype: str, panels: bool, compiled: bool) -> None:
+    """Raises `UserError` where so many ranks can't share the model, naming a number that can."""
+    if config.prefill_tensor_parallel_size is not None and not any(seat.role == "prefill" for seat in seats(config)):
+        raise UserError(
+            f"--prefill-tensor-parallel-size {config.prefill_tensor_parallel_size}: no TE is a prefill TE; use it with --pd 1p1d",
+            "prefill_tensor_parallel_size",
+        )
+    for field in ("tensor_parallel_size", "prefill_tensor_parallel_size"):
+        asked = getattr(config, field)
+        flag = f"--{field.replace('_', '-')} {asked}"
+        if asked in (None, 1):
+            continue
+        if needs := devices.ranks_need(device, dtype, compiled):
+            raise UserError(f"{flag} needs {needs}", field)
+        if why := unshared(asked, model, panels):
+            fits = [n for n in range(1, model.heads + 1) if not unshared(n, model, panels)]
+            raise UserError(f"{flag}: {why}; use {' or '.join(map(str, fits))}", field)
+
+
+def unshared(count: int, model: Model, panels: bool) -> str:
+    """What of the model so many ranks can't share; "" for nothing. Heads go to ranks whole, and in panels the rows of a matrix by
+    the 16."""
+    if count == 1:
+        return ""
+    heads = [f"{has} {name}" for name, has in (("query heads", model.heads), ("KV heads", model.kv_heads)) if has % count]
+    if heads:
+        return f"the model has {' and '.join(heads)}, which {count} ranks can't share equally"
+    unit = PANEL_ROWS if panels else 1
+    own = model.kv_heads // count * model.head_dim
+    if own % unit:
+        return f"a rank's {own} rows of keys are no multiple of the {unit} that the compiled cpu kernels read together"
+    sizes = (("hidden", model.hidden), ("intermediate", model.intermediate), ("vocabulary", model.vocab))
+    small = [f"{name} size of {size}" for name, size in sizes if size < count * PANEL_ROWS]
+    if small:
+        return f"the model's {small[0]} is too small for {count} ranks"
+    if model.intermediate % unit:
+        return f"the intermediate size of {model.intermediate} is no multiple of {unit}"
+    return ""
+
+
+def check_pd(config: Config, device: str) -> None:
+    """Raises `UserError` where prefill and decode can't be on TEs of their own, or shares not be steered."""
+    for field, other in (("slo_ttft_ms", "slo_tpot_ms"), ("slo_tpot_ms", "slo_ttft_ms")):
+        if getattr(config, field) is not None and (getattr(config, other) is None or "semi" not in config.pd):
+            flag, needed = (f"--{name.replace('_', '-')}" for name in (field, other))
+            raise UserError(f"{flag} steers the shares of a semi pair: use it with {needed} and --pd semi", field)
+    if not config.pd:
+        return
+    if devices.kind(device).own_memory and "semi" in config.pd:
+        raise UserError(
+            f"--pd {config.pd}: the workers of a semi pair share a KV cache on --device cpu so far; use --pd 1p1d on {device}",
+            "pd",
+        )
+    if devices.kind(device).own_memory and max(ranks(config)) > 1:
+        raise UserError(
+            f"--pd {config.pd}: KV blocks move between TEs of one {device} each so far; leave out --tensor-parallel-size", "pd"
+        )
+
+
+def check_tiers(config: Config, device: str, dtype: str, box: Machine, block_bytes: int, free: int) -> None:
+    """Raises `UserError` where the DRAM or SSD tier that is asked for can't be had."""
+    flags = {"kv_dram_bytes": bool(config.kv_dram_bytes), "kv_ssd_dir": bool(config.kv_ssd_dir)}
+    for field in (field for field, asked in flags.items() if asked):
+        flag = f"--{field.replace('_', '-')} {getattr(config, field)}"
+        if needs := devices.tiers_need(device, dtype, box.compiled):
+            raise UserError(f"{flag} needs {needs}", field)
+        if not config.enable_prefix_caching:
+            raise UserError(f"{flag}: keeps what prefix caching finds; leave out --no-enable-prefix-caching", field)
+    if 0 < config.kv_dram_bytes < block_bytes:
+        raise UserError(
+            f"--kv-dram-bytes {config.kv_dram_bytes}: a KV block has {block_bytes} bytes; use that or more", "kv_dram_bytes"
+        )
+    if config.kv_dram_bytes > free - block_bytes:
+        fits = max(0, int(free * FREE_SHARE)) // block_bytes * block_bytes
+        raise OutOfMemory(
+            f"--kv-dram-bytes {config.kv_dram_bytes}: {gib(free)} are free beside the weights; --kv-dram-bytes {fits} would fit",
+            "kv_dram_bytes",
+        )
 
 
 def check_length(asked: int | None, model: Model) -> None:
@@ -256,5 +335,7 @@ def cores_for(te: int, threads: int, usable: set[int]) -> list[int]:
 
 
 def threads_for(config: Config, box: Machine) -> int:
-    """Compute threads of one TE: the cores this process may use, divided among the TEs."""
-    return max(1, box.cores // config.te)
+    """Compute threads of one process: the cores this process may use, divided among the TEs and their ranks."""
+    # The two workers of a semi pair share their cores.
+    processes = sum(count for seat, count in zip(seats(config), ranks(config), strict=True) if seat.lender < 0)
+    return max(1, box.cores // processes)

@@ -7,6 +7,7 @@ meaning are vLLM's.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="precision of cached keys and values; auto is the dtype; int8 takes half of bfloat16's memory (a scale for each token and head; compiled cpu kernels)"
         ),
     ] = "auto"
-    tensor_parallel_size: Annotated[int, Meta(ge=1, description="devices that share one TE's model (1 for now)")] = 1
+    kv_dram_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="bytes of host memory for KV blocks that TEs swap out, one pool for all of them; takes K, M, G suffixes; 0: none",
+        ),
+    ] = 0
+    kv_ssd_dir: Annotated[str, Meta(description="folder for KV blocks in files, found again after a restart (default: none)")] = (
+        ""
+    )
+    kv_ssd_bytes: Annotated[
+        int, Meta(ge=1, description="bytes of files in --kv-ssd-dir, the least recently used go first; takes K, M, G suffixes")
+    ] = 8 << 30
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, description="ranks, each a process with a device or cores of its own, that share one TE's model")
+    ] = 1
+    prefill_tensor_parallel_size: Annotated[int, Meta(ge=1)] | None = None
     pin_threads: Annotated[
         bool,
         Meta(
@@ -90,6 +107,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ),
     ] = False
     te: Annotated[int, Meta(ge=1, le=256, description="number of task executors")] = 1
+    pd: Annotated[
+        str,
+        Meta(
+            description="prefill and decode apart, instead of --te: NpMd is N prefill TEs and M decode TEs, semi is two workers on one KV cache, Nc are N colocated TEs; joined by +, as in 1p1d+2c"
+        ),
+    ] = ""
+    kv_transfer: Annotated[
+        Literal["layer", "request"],
+        Meta(
+            description="when a prefill TE's KV goes to the decode TE: as each layer of a step is done, or after the whole prompt"
+        ),
+    ] = "layer"
+    slo_ttft_ms: Annotated[float, Meta(gt=0)] | None = None
+    slo_tpot_ms: Annotated[float, Meta(gt=0)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     async_scheduling: Annotated[
         bool, Meta(description="plan the next step while this one runs (--no-async-scheduling: the plain loop)")
@@ -107,14 +138,69 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 120.0
 
 
+Role = Literal["colocated", "prefill", "decode", "semi"]
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """What a TE is brought up as."""
+
+    role: Role
+    lender: int = -1  # the TE whose KV pool it computes in: it is the prefill worker of a `semi` pair
+
+
+SEATS = re.compile(r"(?P<p>\d+)p(?P<d>\d+)d|(?P<semi>\d*)semi|(?P<c>\d+)c")
+MOST_SEATS = 256
+
+
+def parse_pd(text: str) -> list[Seat]:
+    """The TEs that `--pd` asks for, in the order of their numbers. Raises `UserError`."""
+    seats: list[Seat] = []
+    for part in text.lower().split("+"):
+        found = SEATS.fullmatch(part.strip())
+        if found is None or len(part) > 16:
+            raise UserError(f"--pd {text}: {part!r} is not understood; write for example 1p1d, 2p1d+1c or semi", "pd")
+        prefill, decode, colocated = (int(found[key] or 0) for key in "pdc")
+        pairs = 0 if found["semi"] is None else int(found["semi"] or 1)
+        if sum((prefill, decode, colocated, 2 * pairs)) > MOST_SEATS:
+            raise UserError(f"--pd {text}: more than {MOST_SEATS} TEs", "pd")
+        if found["p"] is not None and not (prefill and decode):
+            raise UserError(f"--pd {text}: a prefill TE needs a decode TE and the other way round; use 1p1d", "pd")
+        seats += [Seat("prefill")] * prefill + [Seat("decode")] * decode + [Seat("colocated")] * colocated
+        for _ in range(pairs):
+            seats += [Seat("semi"), Seat("semi", len(seats))]
+    if not 1 <= len(seats) <= MOST_SEATS:
+        raise UserError(f"--pd {text}: {len(seats)} TEs; it must be 1 to {MOST_SEATS}", "pd")
+    return seats
+
+
+def seats(config: Config) -> list[Seat]:
+    """What each TE of this server is, by number."""
+    return parse_pd(config.pd) if config.pd else [Seat("colocated")] * config.te
+
+
+def ranks(config: Config) -> list[int]:
+    """How many ranks each TE of this server has, by number: it keeps them when its role changes."""
+    prefill = config.prefill_tensor_parallel_size or config.tensor_parallel_size
+    return [prefill if seat.role == "prefill" else config.tensor_parallel_size for seat in seats(config)]
+
+
+def has_tiers(config: Config) -> bool:
+    """Whether KV blocks are kept beside the device's too."""
+    return bool(config.kv_dram_bytes or config.kv_ssd_dir)
+
+
 # Fields whose default is resolved later carry no bounds in their Optional wrapper that argparse could show; their help:
 AUTO_HELP = {
     "max_num_batched_tokens": "tokens a step computes at most (default: 256 on cpu, 2048 on npu and cuda, or --max-num-seqs where that is more)",
     "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
     "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu and cuda, 128 on npu)",
     "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",
+    "prefill_tensor_parallel_size": "ranks of the prefill TEs of --pd (default: as --tensor-parallel-size)",
     "speculative_config": 'speculation by prompt lookup, as JSON: {"method": "ngram", "num_speculative_tokens": 8,'
     ' "prompt_lookup_min": 2, "prompt_lookup_max": 6} (default: off)',
+    "slo_ttft_ms": "promised time to first token, for 90 percent of requests; with --slo-tpot-ms it moves the shares of a"
+    " semi pair (default: both workers may use all cores)",
+    "slo_tpot_ms": "promised time between two tokens, for 90 percent of them",
     "seed": "seed of everything random (default: from the system)",
 }
 
@@ -172,7 +258,7 @@ def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
             raise UserError(f"{origin}: there is no setting {name!r}; `deepserve.py config` lists them all", name)
         if name in ("served_model_name", "api_key") and isinstance(value, str):
             value = [value]
-        if name == "kv_cache_memory_bytes" and isinstance(value, str):
+        if name in ("kv_cache_memory_bytes", "kv_dram_bytes", "kv_ssd_bytes") and isinstance(value, str):
             value = parse_size(value)
         if name == "speculative_config" and value is not None:
             value = parse_speculation(value, origin)
@@ -200,5 +286,10 @@ def resolve(flags: dict[str, Any], file: Path | None = None) -> tuple[Config, di
         values |= from_values(table, str(file))
         origin |= dict.fromkeys(table, f"file {file}")
     values |= from_values(flags, "command line")
+    if values.get("pd"):
+        if "te" in values:
+            raise UserError(f"--pd {values['pd']} says how many TEs there are: leave out --te {values['te']}", "te")
+        values["te"] = len(parse_pd(values["pd"]))
+        origin["te"] = f"--pd {values['pd']}"
     origin |= {k: f"flag --{k.replace('_', '-')}" for k in flags}
     return Config(**values), origin

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.batch import Plan, Sequence, counts_ids, scored_rows
 from engine.devices import Device, KVCache, Pending, SamplingRows, SlotSetup, StepInputs, StepView, Tensor
 from engine.models import Model
+from engine.sequence import Plan, Sequence, counts_ids, scored_rows
 
 NOTHING = np.empty(0, np.int32)
 

@@ -336,6 +336,10 @@ class Receiver(_End):
         """
         return self._block(_deadline(timeout))
 
+    def rouse(self) -> None:
+        """From another thread: have the owner's `wait`, or its next one, return True."""
+        self._lib.ring_rouse(self._open_ring)
+
     # ---- in an event loop --------------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop, on_messages: Callable[[list[bytes]], None]) -> None:

@@ -154,8 +154,24 @@ class Sample(msgspec.Struct, array_like=True, gc=False):
     seed: int  # always set: the control process draws one where the caller gave none, so that a replay continues
 
 
+class Handover(msgspec.Struct, array_like=True, gc=False):
+    """Where a sequence's keys and values go once they are computed: to blocks that TE `to` has reserved."""
+
+    to: int
+    blocks: bytes  # int32: of the sequence, first to last
+    cached: int  # tokens, whole blocks of them, that are there already
+    # "layer": as each layer of each step is done; "request": after the prompt's last step; "lent": computed there at once, since
+    # both TEs use one pool (semi-PD).
+    how: Literal["layer", "request", "lent"]
+
+
 class Start(Msg):
-    """Run a task: the prompt once, and a sample for each of `samples`."""
+    """Run a task: the prompt once, and a sample for each of `samples`.
+
+    A disaggregated task has two halves. First the decode TE gets it with `expect`: it reserves a slot and blocks for the first
+    sample, answers `Reserved` and lets the others wait for that one's prompt. Then the prefill TE gets the first sample alone,
+    with the reserved blocks in `handover`: it computes the prompt and one token. It always answers `HandedOver` or `Closed`, and
+    from then on writes nothing more there; only then may the decode TE be told to `Adopt` or to `Abort`."""
 
     task: int
     prompt: bytes  # int32 ids
@@ -165,20 +181,71 @@ class Start(Msg):
     stop_ids: list[int]  # end-of-text ids (unless ignored) and `stop_token_ids`
     salt: bytes = b""  # separates tenants and adapters in the prefix cache
     priority: int = 0
+    expect: bool = False
+    handover: Handover | None = None
+    at: float = 0.0  # CLOCK_MONOTONIC seconds, when this was sent: the time that the cache's priorities go by
+    retain: float = 0.0  # seconds for which its blocks are to be kept with priority
+    context: str = ""  # the explicit context that the prompt begins with
+    preserve: bool = False  # the prompt is that context: keep it under its name
+
+
+class Adopt(Msg):
+    """The keys and values of an expected sequence are there, all but the last id's: go on with it."""
+
+    seq: int
+    generated: bytes  # int32 ids
+
+
+class Move(Msg):
+    """Hand a running sequence over as it is now. The answer is `HandedOver`, with fewer than no tokens where it stays."""
+
+    seq: int
+    handover: Handover
+
+
+class Release(Msg):
+    """The receiver has a handed over sequence: let its blocks go."""
+
+    seq: int
+
+
+class Link(Msg):
+    """Other TEs whose pools can be written to from now on."""
+
+    peers: list[Peer]
+
+
+class Unlink(Msg):
+    """A TE is gone."""
+
+    te: int
+
+
+class Share(Msg):
+    """Use so much of the compute from now on."""
+
+    percent: int
 
 
 class Abort(Msg):
-    """Forget a sequence (`sample >= 0`) or a whole task at once. Unknown ones are ignored: they may have just ended."""
+    """Forget a sequence (`sample >= 0`) or a whole task at once. Unknown ones are ignored: they may have just ended. For one with
+    a handover the answer is `Closed`."""
 
     task: int
     sample: int = -1
+
+
+class Forget(Msg):
+    """An explicit context was deleted."""
+
+    context: str
 
 
 class Stop(Msg):
     """Leave now. What is running is dropped."""
 
 
-ToWorker = Start | Abort | Stop
+ToWorker = Start | Abort | Adopt | Move | Release | Link | Unlink | Share | Forget | Stop
 
 
 class Load(msgspec.Struct, array_like=True, gc=False):
@@ -196,6 +263,68 @@ class Load(msgspec.Struct, array_like=True, gc=False):
     drafts: int = 0  # speculation: sequences' steps that verified a draft
     draft_tokens: int = 0  # ... ids drafted in them
     accepted_tokens: int = 0  # ... of these, ids that were sampled too
+    dram_hits: int = 0  # of `prefix_hits`, tokens loaded from the DRAM tier
+    ssd_hits: int = 0  # ... and from the SSD tier
+    populates: int = 0  # prompts of which blocks were loaded
+    blocks_loaded: int = 0  # load or recompute: blocks of slower tiers that were loaded
+    blocks_recomputed: int = 0  # ... and that were there, but quicker to compute
+    blocks_swapped: int = 0  # copied to a slower tier, or found there
+    blocks_lost: int = 0  # evicted before a slower tier was offered them
+    blocks_torn: int = 0  # slots and files that were not what they should have been, refused
+    files_unwritten: int = 0  # files that the disk didn't take
+    tiers_gone: int = 0  # 1: the keeper died, and this TE goes on without the DRAM and SSD tiers
+    dram_bytes: int = 0  # in use in the box's DRAM tier, as this TE last heard
+    ssd_bytes: int = 0
+    dram_evictions: int = 0  # blocks
+    ssd_evictions: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A memfd that process `pid` holds open as `fd`. Others on the box open it through /proc, and know it by its inode number:
+    a process id may have passed to another process."""
+
+    pid: int
+    fd: int
+    inode: int
+    nbytes: int
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Memory of an accelerator that process `pid` has exported under a name (engine/native/ipc.py)."""
+
+    pid: int
+    kind: str
+    device: int  # as the process that exported it counts
+    name: bytes
+    nbytes: int
+
+
+class KVLayout(msgspec.Struct, frozen=True, array_like=True):
+    """Where keys and values lie in a KV pool: of layer l, part p (keys, values, or both together), unit u and head h from byte
+    `l * layer_stride + p * part_stride + u * unit_stride + h * head_bytes` on. A block is `block_size / unit_tokens` units, the
+    heads of a unit lie side by side, and only pools of equal `format` can exchange blocks."""
+
+    format: str
+    layers: int
+    layer_stride: int
+    parts: int
+    part_stride: int
+    units: int
+    unit_stride: int
+    unit_tokens: int
+    heads: int
+    head_bytes: int
+    ranks: int = 1  # of the TE: each has such a pool for heads of its own, `rank_stride` bytes behind the one before
+    rank_stride: int = 0
+
+
+class Peer(msgspec.Struct, frozen=True, array_like=True):
+    """A TE whose KV pool others can reach."""
+
+    te: int
+    memory: Memory | DeviceMemory
+    layout: KVLayout
+    block_size: int
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
@@ -223,6 +352,8 @@ class PromptDone(msgspec.Struct, array_like=True, gc=False):
     cached: int  # prompt tokens taken from the prefix cache
     start: float  # CLOCK_MONOTONIC seconds: first chunk began
     logprobs: list[TokenLogprobs | None] | None = None  # of the prompt, where asked; the first is None
+    dram: int = 0  # of `cached`, tokens that came from the DRAM tier
+    ssd: int = 0  # ... and from the SSD tier
 
 
 class Refused(Msg):
@@ -230,6 +361,37 @@ class Refused(Msg):
 
     seq: int
     why: str
+
+
+class Reserved(Msg):
+    """An expected sequence has a slot and blocks here."""
+
+    seq: int
+    blocks: bytes  # int32
+    cached: int  # tokens, whole blocks of them, whose keys and values are in the first blocks
+    dram: int = 0  # of these, tokens that were loaded from the DRAM tier for it
+    ssd: int = 0  # ... and from the SSD tier
+
+
+class HandedOver(Msg):
+    """A sequence's keys and values are in the blocks they were promised to, for its first `tokens` tokens; -1: it was to move and
+    stays here, since `why`."""
+
+    seq: int
+    tokens: int
+    why: str = ""
+
+
+class Adopted(Msg):
+    """The sequence runs here now."""
+
+    seq: int
+
+
+class Closed(Msg):
+    """A sequence with a handover ended here before that was done. Nothing more is written to the blocks it was promised."""
+
+    seq: int
 
 
 class Ready(Msg):
@@ -242,6 +404,7 @@ class Ready(Msg):
     steps: dict[str, float]  # scaling-ladder step -> seconds, measured here
     at: float  # CLOCK_MONOTONIC seconds, when this was sent
     memory: dict[str, int]  # bytes: weights, kv
+    pool: Peer | None = None  # where other TEs on the box can map the KV cache
 
 
 class Failed(Msg):
@@ -251,4 +414,4 @@ class Failed(Msg):
     param: str | None = None
 
 
-FromWorker = Ready | Tokens | Refused | Failed
+FromWorker = Ready | Tokens | Reserved | HandedOver | Adopted | Closed | Refused | Failed

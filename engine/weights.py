@@ -25,8 +25,8 @@ import numpy as np
 
 from engine.gguf import BLOCKS, GGUF, hf_config, hf_tensor_names, rope_heads
 from engine.hub import is_gguf, model_config, read_json
-from engine.models import WeightPart, WeightSpec
-from engine.native import checksum, map_slab
+from engine.models import PANEL_ROWS, WeightPart, WeightSpec
+from engine.native import checksum, collapse_slab, map_slab
 from engine.quants import CHUNK, dequantize
 from engine.types import Packing, UserError, WeightFormat
 
@@ -232,7 +232,6 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 
-PANEL_ROWS = 16
 # GGML's types that have kernels of their own, and are packed without loss.
 KEPT = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
 SOME_BYTES = 1 << 20  # of a matrix packed at a time, so that what is read stays in cache
@@ -340,7 +339,10 @@ def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, 
     report_repacked(checkpoint, pieces)
     size = slab_bytes(pieces)
     os.ftruncate(fd, size)
-    slab = np.frombuffer(map_slab(fd, size, writable=True), np.uint8)
+    mapped = map_slab(fd, size, writable=True)
+    if size:
+        collapse_slab(mapped, 0, size)
+    slab = np.frombuffer(mapped, np.uint8)
 
     def write(piece: Piece) -> Entry:
         data = slab[piece.offset : piece.offset + piece.nbytes]
@@ -451,5 +453,5 @@ def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, list[WeightPa
     parts: dict[str, list[WeightPart]] = {}
     for e in manifest.entries:
         data = slabs[e.slab][e.offset : e.offset + e.nbytes]
-        parts.setdefault(e.name, []).append(WeightPart(data, e.dtype, e.shape, e.kind))
+        parts.setdefault(e.name, []).append(WeightPart(data, e.dtype, e.shape, e.kind, e.format))
     return parts

@@ -19,13 +19,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from engine import native
-from engine.config import Config
-from engine.types import Packing, UserError, WeightFormat
+from engine.config import Config, has_tiers
+from engine.config import ranks as ranks_of
+from engine.types import Memory, Packing, UserError, WeightFormat
+
+if TYPE_CHECKING:  # importing it takes time that packing can have
+    from engine.rtc.tiers import Access
+    from engine.spmd import Group
+    from scale.tiers import TierHost
 
 
 class Msg(msgspec.Struct, tag=True, array_like=True):
@@ -48,6 +55,7 @@ class Spawn(Msg):
     key: str
     config: Config
     threads: int
+    lender: Memory | None = None  # whose KV pool it computes in
 
 
 ToKeeper = Pack | Spawn
@@ -80,6 +88,14 @@ class Spawned(Msg):
     seconds: float  # of the fork itself
 
 
+class SpawnFailed(Msg):
+    """What a TE would need can't be made; another try would end the same."""
+
+    te: int
+    why: str
+    param: str | None
+
+
 class Exited(Msg):
     """A TE's exit status as `os.waitstatus_to_exitcode` gives it (negative: the signal that killed it)."""
 
@@ -88,7 +104,7 @@ class Exited(Msg):
     status: int
 
 
-FromKeeper = Warm | Packed | PackFailed | Spawned | Exited
+FromKeeper = Warm | Packed | PackFailed | Spawned | SpawnFailed | Exited
 
 RING_FDS = 6  # of a Spawn: two rings of three descriptors
 MAX_MESSAGE = 64 << 10
@@ -100,6 +116,7 @@ class Model(msgspec.Struct):
     slabs: list[int]
     manifest: Any = None  # engine.weights.Manifest once packed
     config: dict[str, Any] = {}
+    tiers: Any = None  # scale.tiers.TierHost once a TE was forked that wants one
     failed: PackFailed | None = None
     waiting: list[tuple[Spawn, list[int]]] = []
 
@@ -213,48 +230,107 @@ class Keeper:
 
     # ---- forking ----------------------------------------------------------------------------------------------------
     def spawn(self, order: Spawn, fds: list[int], model: Model) -> None:
-        from engine import devices, shmq, worker
+        """Fork a TE: its ranks, then the master, which is told of them and is what the control process knows."""
+        from engine import devices, spmd
 
         started = time.monotonic()
         if kind := devices.touched():
             raise RuntimeError(f"the keeper has used a device ({kind}) and can't be forked any more")
+        try:
+            host = self.tiers_of(order.config, model)
+        except UserError as e:
+            self.tell(SpawnFailed(order.te, str(e), e.param))
+            close_all(fds)
+            return
         gc.freeze()  # what exists now stays out of the child's collections, so its pages stay shared
-        pid = os.fork()
-        if pid == 0:
-
-            def live() -> int:
-                birth = worker.Birth(
-                    te=order.te,
-                    config=order.config,
-                    model_config=model.config,
-                    manifest=model.manifest,
-                    slabs=model.slabs,
-                    inbox=shmq.RingFds(*fds[:3]),
-                    outbox=shmq.RingFds(*fds[3:]),
-                    control=self.control,
-                    threads=order.threads,
-                    forked_at=started,
-                )
-                return worker.main(birth)
-
-            self.sock.close()
-            in_child(live, self.control, f"deepserve-te{order.te}")
-        self.children.add(pid)
+        ranks = ranks_of(order.config)[order.te]
+        group = spmd.create(ranks) if ranks > 1 else None
+        pids: list[int] = []
+        for rank in range(ranks - 1, 0, -1):
+            assert group is not None
+            pids.append(self.fork(order, fds, model, started, group, rank))
+            group.pidfds.append(os.pidfd_open(pids[-1]))
+        access = host.open(order.te) if host is not None and order.lender is None else None
+        pids.append(self.fork(order, fds, model, started, group, 0, access))
         close_all(fds)
-        pidfd = os.pidfd_open(pid)
+        if access is not None:
+            os.close(access.socket)
+        if group is not None:
+            group.close()
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        for pid, pidfd in zip(pids, pidfds, strict=True):
+            self.selector.register(pidfd, selectors.EVENT_READ, partial(self.exited, order.te, pids, pid, pidfd))
+        self.tell(Spawned(order.te, pids[-1], time.monotonic() - started), [pidfds[-1]])
 
-        def exited() -> None:
-            self.selector.unregister(pidfd)
-            os.close(pidfd)
-            _, status = os.waitpid(pid, 0)
-            self.children.discard(pid)
-            self.tell(Exited(order.te, pid, os.waitstatus_to_exitcode(status)))
+    def tiers_of(self, config: Config, model: Model) -> TierHost | None:
+        """What holds a model's DRAM and SSD tiers, made for its first TE. Raises `UserError`."""
+        from scale import tiers
 
-        self.selector.register(pidfd, selectors.EVENT_READ, exited)
-        self.tell(Spawned(order.te, pid, time.monotonic() - started), [pidfd])
+        if model.tiers is None and has_tiers(config):
+            model.tiers = tiers.TierHost(self.selector, model.config, model.manifest, config)
+        return model.tiers
+
+    def fork(
+        self,
+        order: Spawn,
+        fds: list[int],
+        model: Model,
+        started: float,
+        group: Group | None,
+        rank: int,
+        access: Access | None = None,
+    ) -> int:
+        """Fork one process of a TE: its pid."""
+        from engine import shmq, worker
+
+        pid = os.fork()
+        if pid:
+            self.children.add(pid)
+            return pid
+
+        def live() -> int:
+            inbox, outbox = shmq.RingFds(*fds[:3]), shmq.RingFds(*fds[3:])
+            if group is not None and rank:
+                close_all(fds)
+                inbox, outbox = group.down[rank - 1], group.up[rank - 1]
+            birth = worker.Birth(
+                te=order.te,
+                config=order.config,
+                model_config=model.config,
+                manifest=model.manifest,
+                slabs=model.slabs,
+                inbox=inbox,
+                outbox=outbox,
+                control=self.control,
+                threads=order.threads,
+                forked_at=started,
+                group=group,
+                rank=rank,
+                tiers=access,
+                lender=order.lender,
+            )
+            return worker.main(birth)
+
+        self.sock.close()
+        for one in self.models.values():
+            if one.tiers is not None:
+                one.tiers.in_child()
+        in_child(live, self.control, f"deepserve-te{order.te}")
+
+    def exited(self, te: int, pids: list[int], pid: int, pidfd: int) -> None:
+        """One process of a TE has ended. The others end by themselves, but one that is stopped can't."""
+        self.selector.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self.children.discard(pid)
+        others = self.children.intersection(pids)
+        for other in others:
+            os.kill(other, signal.SIGKILL)
+        if len(others) == len(pids) - 1:  # the first, on whose account the others end
+            self.tell(Exited(te, pids[-1], os.waitstatus_to_exitcode(status)))
 
 
-def in_child(work: Callable[[], int], control: int, name: str) -> None:
+def in_child(work: Callable[[], int], control: int, name: str) -> NoReturn:
     """Run `work` in a fresh child and never return: no `finally` or `atexit` of the keeper's runs here."""
     status = 70  # EX_SOFTWARE
     try:

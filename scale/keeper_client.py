@@ -16,8 +16,8 @@ import msgspec
 
 from engine import shmq
 from engine.config import Config
-from engine.types import Packing, UserError
-from scale.keeper import Exited, FromKeeper, Pack, Packed, PackFailed, Spawn, Spawned, ToKeeper, Warm, close_all
+from engine.types import Memory, Packing, UserError
+from scale.keeper import Exited, FromKeeper, Pack, Packed, PackFailed, Spawn, Spawned, SpawnFailed, ToKeeper, Warm, close_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,11 +75,17 @@ class KeeperClient:
         return await asyncio.shield(self.packs[key])
 
     async def spawn(
-        self, te: int, key: str, config: Config, threads: int, rings: tuple[shmq.RingFds, shmq.RingFds]
+        self,
+        te: int,
+        key: str,
+        config: Config,
+        threads: int,
+        rings: tuple[shmq.RingFds, shmq.RingFds],
+        lender: Memory | None = None,
     ) -> tuple[Spawned, int]:
-        """Fork a TE: its pid and a pidfd that the caller owns. Raises `KeeperDied`."""
+        """Fork a TE: its pid and a pidfd that the caller owns. Raises `UserError` or `KeeperDied`."""
         future = self.spawns[te] = self.loop.create_future()
-        await self.send(Spawn(te, key, config, threads), [*rings[0].numbers(), *rings[1].numbers()])
+        await self.send(Spawn(te, key, config, threads, lender), [*rings[0].numbers(), *rings[1].numbers()])
         return await future
 
     async def send(self, message: ToKeeper, fds: list[int] | None = None) -> None:
@@ -129,6 +135,10 @@ class KeeperClient:
                     close_all(list(fds))
                 else:
                     future.set_result((message, fds[0]))
+            elif isinstance(message, SpawnFailed):
+                future = self.spawns.pop(message.te)
+                if not future.done():
+                    future.set_exception(UserError(message.why, message.param))
             elif isinstance(message, Exited):
                 self.on_exit(message.te, message.pid, message.status)
 
@@ -156,8 +166,12 @@ class KeeperClient:
                 if not await readable(self.loop, pidfd, 0.2):
                     self.process.kill()
                     await readable(self.loop, pidfd, 10.0)
+            except asyncio.CancelledError:
+                self.process.kill()
+                raise
             finally:
                 os.close(pidfd)
+                self.process.wait()
         self.process.wait()
 
 

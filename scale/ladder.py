@@ -17,7 +17,7 @@ import msgspec
 
 from engine import shmq
 from engine.config import Config
-from engine.types import Packing
+from engine.types import Memory, Packing
 from scale.keeper_client import KeeperClient
 
 STEPS = ("scaler_pre", "te_pre_load", "te_load", "te_post_load", "scaler_post")
@@ -55,6 +55,7 @@ async def fork_te(
     plan: Plan,
     te: int,
     rings: tuple[shmq.RingFds, shmq.RingFds],
+    lender: Memory | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, int, Climb]:
     """Climb up to the fork: (pid, pidfd, the climb so far). The rest happens in the TE and ends with its `Ready`.
@@ -69,7 +70,7 @@ async def fork_te(
     await keeper.packed(plan.key)
     climb.steps["te_load"] = clock() - mark
     mark = clock()
-    spawned, pidfd = await keeper.spawn(te, plan.key, plan.config, plan.threads, rings)
+    spawned, pidfd = await keeper.spawn(te, plan.key, plan.config, plan.threads, rings, lender)
     # The worker counts te_pre_load from just before the fork; what is left here is the way to the keeper.
     climb.steps["te_pre_load"] = max(0.0, clock() - mark - spawned.seconds)
     return spawned.pid, pidfd, climb

@@ -8,32 +8,42 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from random import Random
+
+import msgspec
 
 from engine.config import Config
 from engine.tokenizer import Tokenizer
 from engine.types import (
     Abort,
+    Adopted,
+    Closed,
     Finish,
+    Forget,
     FromWorker,
+    HandedOver,
+    Handover,
+    Move,
     PromptDone,
     Refused,
-    Sample,
+    Reserved,
     SamplingParams,
-    Start,
     TokenLogprobs,
     Tokens,
     pack_ids,
+    sequence_id,
     split_sequence_id,
 )
 from sched.admission import queue_is_full, retry_after
 from sched.cluster import TE
+from sched.handover import Passage, Passages, say
 from sched.job import Job, Request, Task, born
+from sched.live import LiveRequest, LiveSample, LiveTask
 from sched.metrics import Metrics
-from sched.policy import Snapshot, least_loaded
+from sched.policy import Choice, Snapshot, least_loaded, takes_over
+from sched.semi import SemiPairs
 from sched.stream import Delta, Overloaded, Stream, Submission, TaskFailed, Unavailable
 from sched.text import Text
 
@@ -41,46 +51,6 @@ from sched.text import Text
 MAX_ATTEMPTS = 4
 KEPT_REQUESTS = 4096  # ended requests that `GET /v1/jobs` still finds
 RATE_WINDOW = 64  # ended sequences that the predicted wait is judged by
-
-
-@dataclass(slots=True, eq=False)
-class LiveSample:
-    """One sample of a live task: what has been sent of it."""
-
-    choice: int
-    seed: int
-    text: Text
-    ids: array[int]
-    first: float = 0.0  # CLOCK_MONOTONIC seconds of its first token
-    last: float = 0.0  # ... and of its newest
-    over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class LiveTask:
-    task: Task
-    request: LiveRequest
-    prompt: bytes
-    prompt_index: int
-    prompt_tokens: int
-    params: SamplingParams
-    max_tokens: int
-    stop_ids: list[int]
-    samples: list[LiveSample]
-    open_samples: int
-    te: TE | None = None
-    begun: bool = False  # its first token has come
-    charged: bool = False  # dispatched and without a token since: its prompt counts in the TE's `prompt_tokens`
-
-
-@dataclass(slots=True, eq=False)
-class LiveRequest:
-    record: Request
-    submission: Submission
-    stream: Stream
-    arrived: float  # CLOCK_MONOTONIC seconds
-    tasks: list[LiveTask] = field(default_factory=list)
-    open_samples: int = 0
 
 
 class JobExecutor:
@@ -94,8 +64,12 @@ class JobExecutor:
         self.rng = rng
         self.clock = clock
         self.tes: dict[int, TE] = {}  # that take tasks
-        self.live: dict[int, LiveTask] = {}
+        self.live: dict[int, LiveTask] = {}  # by their number in messages
+        self.passages: Passages[LiveTask] = Passages()
+        self.moves: dict[int, tuple[LiveTask, TE]] = {}  # sequences that another TE is to reserve for, and that TE
+        self.pairs = SemiPairs(config)
         self.held: deque[LiveTask] = deque()  # tasks without a TE
+        self.homes: dict[str, int] = {}  # explicit context -> the TE that computed it, or went on from it, last
         self.requests: OrderedDict[str, Request] = OrderedDict()
         self.by_trace: dict[str, str] = {}
         self.next_task = 1
@@ -155,9 +129,10 @@ class JobExecutor:
             stop_ids=sorted(stop_ids),
             samples=[self.sample(index * params.n + i, first_seed + i, params) for i in range(params.n)],
             open_samples=params.n,
+            wire=task.id,
         )
         live.tasks.append(entry)
-        self.live[task.id] = entry
+        self.live[entry.wire] = entry
         self.held.append(entry)
         self.place()
 
@@ -173,6 +148,7 @@ class JobExecutor:
             live.record.end("cancel", time.time())
             self.metrics.cancelled.inc()
             self.maybe_idle()
+            self.place()
 
     def fail(self, live: LiveRequest, error: Exception) -> None:
         """The request can't be finished."""
@@ -187,60 +163,184 @@ class JobExecutor:
     def drop(self, live: LiveRequest) -> None:
         """Take a request's tasks off their TEs and out of the tables."""
         for entry in live.tasks:
-            if self.live.pop(entry.task.id, None) is not None and entry.te is not None:
-                if entry.te.state == "ready":
-                    entry.te.link.send(Abort(entry.task.id))
-                entry.te.sequences -= entry.open_samples
-                self.uncharge(entry)
+            if self.live.pop(entry.wire, None) is not None and entry.te is not None:
+                self.detach(entry)
             elif entry in self.held:
                 self.held.remove(entry)
         self.outstanding -= live.open_samples
         live.open_samples = 0
 
+    def detach(self, entry: LiveTask) -> None:
+        """Take a task off its TEs, wherever between them it is."""
+        te = entry.te
+        assert te is not None
+        names = [sequence_id(entry.wire, i) for i in entry.open_indices()]
+        # Also of a sample that is over: until its writer has said that it is through, its blocks are not free.
+        between = self.passages.table.keys() & set(map(entry.sequence, entry.samples))
+        if not between:
+            say(te, Abort(entry.wire))
+        for name in names:
+            if between and not self.passages.cancel(name):
+                say(te, Abort(*split_sequence_id(name)))
+            if (move := self.moves.pop(name, None)) is not None:
+                say(move[1], Abort(*split_sequence_id(name)))
+        te.sequences -= entry.open_samples
+        self.uncharge(entry)
+        if entry.prefill_task is not None and not entry.prefill_task.life.over:
+            entry.prefill_task.life.move("cancel", time.time())
+        self.unpair(entry)
+        entry.te = None
+
+    def unpair(self, entry: LiveTask) -> None:
+        """The task's TE waits for no other one, or no longer."""
+        if entry.prefill is not None and entry.te is not None:
+            entry.te.expecting -= 1
+            entry.prefill.computing -= 1
+            entry.prefill = None
+
     def uncharge(self, entry: LiveTask) -> None:
         """The task's prompt no longer loads its TE."""
-        if entry.charged:
-            assert entry.te is not None
-            entry.te.prompt_tokens -= entry.prompt_tokens
-            entry.charged = False
+        if entry.charged is not None:
+            entry.charged.prompt_tokens -= entry.prompt_tokens
+            entry.charged = None
 
     # ---- placing ----------------------------------------------------------------------------------------------------
     def place(self) -> None:
         """Give held tasks to TEs while there are any."""
         while self.held:
-            choice = least_loaded([Snapshot(te.id, te.sequences, te.prompt_tokens) for te in self.tes.values()])
+            together = self.held[0].params.prompt_logprobs is not None  # most of the work is the prompt, and no token need follow
+            submission = self.held[0].request.submission
+            choice = least_loaded(self.snapshots(submission), together)
             if choice is None:
                 return
-            entry = self.held.popleft()
-            self.dispatch(entry, self.tes[choice.te], choice.reason)
+            if submission.context:
+                self.homes[submission.context] = choice.prefill
+            self.dispatch(self.held.popleft(), choice)
 
-    def dispatch(self, entry: LiveTask, te: TE, reason: str) -> None:
+    def snapshots(self, submission: Submission | None = None) -> list[Snapshot]:
+        """The TEs, as they are for any task or for one of `submission`.
+
+        Without those whose role has changed, until what they had to do with others in the one before is through: of two TEs that
+        are full of sequences whose prompts are to be computed by the other, none would ever have room for a prompt."""
+        home = self.homes.get(submission.context, -1) if submission is not None else -1
+        cached = submission.context_tokens if submission is not None else 0
+        return [
+            Snapshot(te.id, te.sequences, te.prompt_tokens, te.role, te.lender, cached if te.id == home else 0)
+            for te in self.tes.values()
+            if te.state == "ready" and not (te.expecting if te.role == "prefill" else te.role == "decode" and te.computing)
+        ]
+
+    def forget_context(self, id: str) -> None:
+        """An explicit context was deleted or has expired."""
+        self.homes.pop(id, None)
+        for te in self.tes.values():
+            say(te, Forget(id))
+
+    def dispatch(self, entry: LiveTask, choice: Choice) -> None:
         now, task, record = time.time(), entry.task, entry.request.record
-        task.te, task.reason = te.id, reason
+        te, prefill = self.tes[choice.decode], self.tes[choice.prefill]
+        task.te, task.reason = te.id, choice.reason
         task.attempts += 1
         task.life.move("dispatch", now)
         if record.life.state == "queued":
             record.life.move("run", now)
         for job in record.jobs:
-            if job.life.state == "created" and task in job.tasks:
-                job.life.move("run", now)
+            if task in job.tasks:
+                if job.life.state == "created":
+                    job.life.move("run", now)
+                self.split(entry, job, te, prefill, now)
         entry.te = te
-        open_samples = [(i, s) for i, s in enumerate(entry.samples) if not s.over]
         te.sequences += entry.open_samples
-        te.prompt_tokens += entry.prompt_tokens
-        entry.charged = True
-        te.link.send(
-            Start(
-                task=task.id,
-                prompt=entry.prompt,
-                samples=[Sample(i, pack_ids(s.ids), s.seed) for i, s in open_samples],
-                params=entry.params,
-                max_tokens=entry.max_tokens,
-                stop_ids=entry.stop_ids,
-                salt=entry.request.submission.salt,
-                priority=entry.request.submission.priority,
-            )
-        )
+        prefill.prompt_tokens += entry.prompt_tokens
+        entry.charged = prefill
+        te.link.send(entry.start(entry.open_indices(), self.clock(), expect=te is not prefill))
+
+    def split(self, entry: LiveTask, job: Job, te: TE, prefill: TE, now: float) -> None:
+        """One task, or one for each TE of a pair."""
+        entry.task.kind, entry.prefill, entry.prefill_task = "unified", None, None
+        if te is not prefill:
+            entry.task.kind, entry.prefill = "decode", prefill
+            te.expecting += 1
+            prefill.computing += 1
+            entry.prefill_task = Task(id=self.next_task, kind="prefill", life=born("task", now), te=prefill.id, attempts=1)
+            entry.prefill_task.reason = entry.task.reason
+            self.next_task += 1
+            job.tasks.append(entry.prefill_task)
+
+    # ---- between two TEs --------------------------------------------------------------------------------------------
+    def reserved(self, te: TE, message: Reserved) -> None:
+        """A TE has room for a sequence: have it brought there."""
+        task, index = split_sequence_id(message.seq)
+        entry = self.live.get(task)
+        if (move := self.moves.get(message.seq)) is not None and move[1] is te:
+            del self.moves[message.seq]
+            entry = move[0]
+            if entry.te is None or entry.samples[index].over:
+                say(te, Abort(task, index))
+                return
+            self.passages.open(Passage(message.seq, entry.te, te, entry, moving=True))
+            say(entry.te, Move(message.seq, Handover(te.id, message.blocks, message.cached, "request")))
+        elif entry is not None and entry.te is te and entry.prefill is not None and entry.prefill_task is not None:
+            if entry.task.attempts == 1:
+                entry.request.stream.usage.dram_tokens += message.dram
+                entry.request.stream.usage.ssd_tokens += message.ssd
+            self.passages.open(Passage(message.seq, entry.prefill, te, entry))
+            entry.prefill_task.life.move("dispatch", time.time())
+            entry.prefill_task.life.move("begin", time.time())
+            how = "lent" if entry.prefill.lender == te.id else self.config.kv_transfer
+            handover = Handover(te.id, message.blocks, message.cached, how)
+            say(entry.prefill, entry.start([index], self.clock(), handover=handover))
+
+    def handed_over(self, message: HandedOver) -> None:
+        task, index = split_sequence_id(message.seq)
+        entry = self.live.get(task)
+        passage = self.passages.handed_over(message, pack_ids(entry.samples[index].ids) if entry is not None else b"")
+        if passage is None or entry is None:
+            return
+        if passage.moving:
+            assert entry.te is not None
+            entry.te.sequences -= 1
+            passage.reader.sequences += 1
+            entry.te = passage.reader
+            entry.task.te, entry.task.reason = passage.reader.id, f"moved from TE {passage.writer.id}"
+            self.metrics.moved.inc()
+        else:
+            self.prefilled(entry)
+
+    def closed(self, message: Closed) -> None:
+        passage = self.passages.closed(message)
+        if passage is None or passage.entry is None:
+            return
+        entry = passage.entry
+        _, index = split_sequence_id(message.seq)
+        self.prefilled(entry)
+        if not entry.samples[index].over:
+            self.replay(entry, f"TE {passage.writer.id} could not hand it over to TE {passage.reader.id}", True)
+            self.place()
+
+    def prefilled(self, entry: LiveTask) -> None:
+        """The prefill half of a pair is done."""
+        self.unpair(entry)
+        task = entry.prefill_task
+        if task is not None and not task.life.over:
+            task.life.move("finish" if task.life.state == "prefill" else "cancel", time.time())  # no token was asked for
+
+    def move_away(self, te: TE) -> tuple[int, int]:
+        """Have the decodes of a TE go on elsewhere: how many are asked to, and how many sequences stay until they end."""
+        asked: Counter[int] = Counter()  # by the TE that is asked to take them
+        for entry in self.live.values():
+            if entry.te is not te or entry.prefill is not None or len(entry.samples) > 1 or not entry.samples[0].ids:
+                continue
+            seq = sequence_id(entry.wire, 0)
+            others = [msgspec.structs.replace(s, sequences=s.sequences + asked[s.te]) for s in self.snapshots()]
+            choice = takes_over(others, te.id)
+            if choice is None or seq in self.passages.table or seq in self.moves:
+                continue
+            target = self.tes[choice.decode]
+            self.moves[seq] = entry, target
+            say(target, entry.start([0], self.clock(), expect=True))
+            asked[target.id] += 1
+        return asked.total(), te.sequences - asked.total()
 
     # ---- the cluster's news -----------------------------------------------------------------------------------------
     def ready(self, te: TE) -> None:
@@ -248,23 +348,38 @@ class JobExecutor:
         assert te.climb is not None
         for step, seconds in te.climb.steps.items():
             self.metrics.scale_step(step).observe(seconds)
+        self.pairs.ready(te)
         self.place()
 
     def lost(self, te: TE, why: str) -> None:
         """Replay every task of a dead TE from its prompt plus what was sent, oldest first, before whatever else is held."""
         if self.tes.get(te.id) is te:
             del self.tes[te.id]
-        now = time.time()
-        orphans = [entry for entry in self.live.values() if entry.te is te]
+        reading = {p.entry for p in self.passages.table.values() if p.reader is te}  # moving there
+        self.passages.lost(te)
+        self.moves = {seq: move for seq, move in self.moves.items() if move[1] is not te}
+        orphans = [e for e in self.live.values() if te in (e.te, e.prefill) or e in reading]
+        leaving = {entry for entry, _ in self.moves.values()}  # another TE may be about to answer
         for entry in reversed(orphans):
-            entry.te, entry.charged = None, False
-            if entry.task.attempts >= MAX_ATTEMPTS:
-                self.fail(entry.request, TaskFailed(f"given up after {entry.task.attempts} attempts, each ended by: {why}"))
-            elif entry.task.id in self.live:  # not gone with a sibling that was given up
-                entry.task.life.move("lost", now)
-                self.metrics.replays.inc()
-                self.held.appendleft(entry)
+            self.replay(entry, why, entry.te is not te or entry.task.kind == "decode" or entry in leaving)
         self.place()
+
+    def replay(self, entry: LiveTask, why: str, heard: bool) -> None:
+        """Start a task again, from its prompt plus what was sent. `heard`: a live TE may still speak of the last attempt."""
+        if self.live.get(entry.wire) is not entry:
+            return  # gone with a sibling that was given up
+        if entry.task.attempts >= MAX_ATTEMPTS:
+            self.fail(entry.request, TaskFailed(f"given up after {entry.task.attempts} attempts, each ended by: {why}"))
+            return
+        self.detach(entry)
+        if heard:
+            del self.live[entry.wire]
+            entry.wire = self.next_task
+            self.next_task += 1
+            self.live[entry.wire] = entry
+        entry.task.life.move("lost", time.time())
+        self.metrics.replays.inc()
+        self.held.appendleft(entry)
 
     def give_up(self, why: str) -> None:
         """No TE will come: fail everything."""
@@ -274,10 +389,26 @@ class JobExecutor:
     def message(self, te: TE, message: FromWorker) -> None:
         if isinstance(message, Tokens):
             self.tokens(te, message)
+        elif isinstance(message, Reserved):
+            self.reserved(te, message)
+        elif isinstance(message, HandedOver):
+            self.handed_over(message)
+        elif isinstance(message, Adopted):
+            self.passages.adopted(message)
+        elif isinstance(message, Closed):
+            self.closed(message)
         elif isinstance(message, Refused):
-            task, _ = split_sequence_id(message.seq)
-            if (entry := self.live.get(task)) is not None:
-                self.fail(entry.request, TaskFailed(message.why))
+            self.refused(te, message)
+        self.place()
+
+    def refused(self, te: TE, message: Refused) -> None:
+        task, _ = split_sequence_id(message.seq)
+        if (move := self.moves.get(message.seq)) is not None and move[1] is te:
+            del self.moves[message.seq]  # it stays where it is
+            return
+        self.passages.closed(Closed(message.seq))  # whoever should have written writes nothing
+        if (entry := self.live.get(task)) is not None:
+            self.fail(entry.request, TaskFailed(message.why))
 
     # ---- a step's tokens --------------------------------------------------------------------------------------------
     def tokens(self, te: TE, message: Tokens) -> None:
@@ -292,7 +423,7 @@ class JobExecutor:
         for i, (seq, token, finish) in enumerate(zip(message.seqs, message.ids, message.finish, strict=True)):
             task, index = split_sequence_id(seq)
             entry = live.get(task)
-            if entry is None or entry.te is not te:
+            if entry is None or (entry.te is not te and self.passages.speaker(seq) is not te):
                 continue  # cancelled, or replayed elsewhere: the TE has not heard yet
             sample = entry.samples[index]
             if sample.over:
@@ -304,7 +435,7 @@ class JobExecutor:
                 else:
                     self.first_token(entry, sample, now)
                 sample.last = now
-                if entry.charged:
+                if entry.charged is not None:
                     entry.task.life.move("first_token", time.time())
                     self.uncharge(entry)
             delta = self.take(entry, sample, token, finish, logprobs[i] if logprobs is not None else None)
@@ -314,6 +445,8 @@ class JobExecutor:
         self.metrics.tokens.generated += generated
         for last, count in gaps.items():
             self.metrics.tokens.observe(now - last, count)
+        if self.pairs.controllers:
+            self.pairs.step(te, gaps, now, self.waiting_for)
         for entry, deltas in brought.items():
             entry.request.stream.feed(deltas)
             if not entry.open_samples:
@@ -339,7 +472,11 @@ class JobExecutor:
             ended, stop_reason = "stop", hit
             if finish == Finish.NONE:
                 assert entry.te is not None
-                entry.te.link.send(Abort(entry.task.id, split_index(entry, sample)))
+                seq = entry.sequence(sample)
+                if self.passages.cancel(seq):
+                    self.prefilled(entry)
+                else:
+                    say(entry.te, Abort(*split_sequence_id(seq)))
         elif finish:
             rest, hit = sample.text.close()
             text += rest
@@ -354,15 +491,20 @@ class JobExecutor:
         if not entry.request.record.first_token:
             entry.request.record.first_token = time.time()
             self.metrics.first_token.observe(now - entry.request.arrived)
+            if entry.te is not None:
+                self.pairs.first_token(entry.te, now - entry.request.arrived)
 
     def prompt_done(self, done: PromptDone, te: TE) -> None:
         task, _ = split_sequence_id(done.seq)
         entry = self.live.get(task)
-        if entry is None or entry.te is not te or entry.begun:
+        if entry is None or entry.begun or (entry.te is not te and self.passages.speaker(done.seq) is not te):
             return
         entry.begun = True
         entry.task.cached_tokens = done.cached
-        entry.request.stream.usage.cached_tokens += done.cached
+        usage = entry.request.stream.usage
+        usage.cached_tokens += done.cached
+        usage.dram_tokens += done.dram
+        usage.ssd_tokens += done.ssd
         if done.logprobs is not None:
             entry.request.stream.prompt_logprobs[entry.prompt_index] = done.logprobs
         if done.start and entry.task.attempts == 1:
@@ -385,8 +527,9 @@ class JobExecutor:
     def task_done(self, entry: LiveTask, now: float) -> None:
         """A task's last sample has ended; perhaps its request with it."""
         request = entry.request
-        del self.live[entry.task.id]
+        del self.live[entry.wire]
         self.uncharge(entry)
+        self.prefilled(entry)
         at = time.time()
         entry.task.life.move("finish", at)
         for job in request.record.jobs:
@@ -398,6 +541,11 @@ class JobExecutor:
             self.metrics.whole.observe(now - request.arrived)
             self.metrics.request_prompt.observe(request.record.prompt_tokens)
         self.maybe_idle()
+
+    def waiting_for(self, pair: int) -> list[float]:
+        """Seconds that a semi pair's requests without a first token have waited."""
+        entries = [e for e in self.live.values() if not e.begun and e.te is not None and self.pairs.of(e.te) == pair]
+        return [self.clock() - e.request.arrived for e in entries]
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------------
     def remember(self, record: Request) -> None:
@@ -426,8 +574,3 @@ class JobExecutor:
         if not self.outstanding:
             for listener in self.idle_listeners:
                 listener()
-
-
-def split_index(entry: LiveTask, sample: LiveSample) -> int:
-    """The sample's index within its task."""
-    return sample.choice - entry.prompt_index * entry.params.n

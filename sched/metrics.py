@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from sched.cluster import Cluster
+from sched.cluster import TE, Cluster
 
 # vLLM's bucket bounds, in seconds.
 FIRST_TOKEN = (
@@ -111,6 +112,7 @@ class Metrics:
         self.tokens = TokenTally(model)
         self.registry.register(self.tokens)
         self.replays = counter("task_replays", "Tasks started again after their TE died").labels(model)
+        self.moved = counter("task_moves", "Running tasks moved to another TE with their KV").labels(model)
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN)
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "A request's mean time per token after the first", TOKEN
@@ -162,6 +164,26 @@ class TokenTally:
         yield gaps
 
 
+# Of the slower KV tiers: counter, meaning, field of a TE's Load.
+TIERS = (
+    ("prefix_cache_hits_dram", "Of the hits, prompt tokens loaded from the DRAM tier", "dram_hits"),
+    ("prefix_cache_hits_ssd", "Of the hits, prompt tokens loaded from the SSD tier", "ssd_hits"),
+    ("kv_populates", "Prompts of which KV blocks were loaded", "populates"),
+    ("kv_blocks_loaded", "Load or recompute: KV blocks of slower tiers that were loaded", "blocks_loaded"),
+    ("kv_blocks_recomputed", "... that were there, but quicker to compute", "blocks_recomputed"),
+    ("kv_blocks_swapped", "KV blocks copied to a slower tier, or found there", "blocks_swapped"),
+    ("kv_blocks_lost", "KV blocks evicted before a slower tier was offered them", "blocks_lost"),
+    ("kv_blocks_torn", "KV blocks of slower tiers that were refused: torn, foreign or overwritten", "blocks_torn"),
+    ("kv_files_unwritten", "Files of KV blocks that the disk did not take", "files_unwritten"),
+    ("kv_dram_evictions", "KV blocks that left the box's DRAM tier", "dram_evictions"),
+    ("kv_ssd_evictions", "KV blocks that left the box's SSD tier", "ssd_evictions"),
+)
+
+
+def tier_load(field: str, te: TE) -> float:
+    return float(getattr(te.load, field))
+
+
 class TableCollector:
     """Gauges and counters that the TEs themselves report."""
 
@@ -188,6 +210,7 @@ class TableCollector:
         yield family(
             gauge, "kv_cache_usage_perc", "Used share of KV blocks", lambda te: te.load.blocks_used / max(1, te.load.blocks_total)
         )
+        yield family(gauge, "te_share", "Percent of the compute a TE may use", lambda te: te.share)
         yield family(gauge, "te_ready", "1 where the TE takes tasks", lambda te: te.state == "ready")
         yield family(count, "num_preemptions", "Sequences that lost their blocks", lambda te: te.load.preemptions)
         yield family(
@@ -203,6 +226,11 @@ class TableCollector:
             "Speculation: drafted tokens that were accepted",
             lambda te: te.load.accepted_tokens,
         )
+        for stem, text, field in TIERS:
+            yield family(count, stem, text, partial(tier_load, field))
+        yield family(gauge, "kv_tiers_gone", "1 where the TE lost the DRAM and SSD tiers", lambda te: te.load.tiers_gone)
+        yield family(gauge, "kv_dram_bytes", "Bytes of the box's DRAM tier in use", lambda te: te.load.dram_bytes)
+        yield family(gauge, "kv_ssd_bytes", "Bytes of the box's SSD tier in use", lambda te: te.load.ssd_bytes)
         plain = (
             (gauge, "num_requests_held", "Tasks waiting for a TE", float(self.held())),
             (count, "te_restarts", "TEs brought up again after a death", float(self.cluster.restarts)),

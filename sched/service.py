@@ -21,11 +21,12 @@ from typing import Any
 import msgspec
 
 from engine import capacity, devices, models, native, weights
-from engine.config import Config, resolve
+from engine.config import Config, Role, resolve
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, UserError, checked
 from scale import ladder, pull
 from sched.cluster import Cluster
+from sched.contexts import Contexts
 from sched.job import describe
 from sched.job_executor import JobExecutor
 from sched.metrics import Metrics
@@ -81,6 +82,7 @@ class AsyncLLM:
         self.rng = Random(config.seed) if config.seed is not None else Random()
         self.failure: UserError | None = None
         self.failed = asyncio.Event()  # set with `failure`
+        self.contexts = Contexts(self.forget_context)
 
     # ---- life -------------------------------------------------------------------------------------------------------
     async def __aenter__(self) -> AsyncLLM:
@@ -122,7 +124,7 @@ class AsyncLLM:
             config = self.config = plan.config
             metrics = self.metrics_of = Metrics(self.names[0])
             je = self.je = JobExecutor(config, metrics, self.rng)
-            cluster = self.cluster = Cluster(plan, self.names[0], config.te, je, config.stall_timeout)
+            cluster = self.cluster = Cluster(plan, self.names[0], je, config.stall_timeout)
             metrics.watch(cluster, lambda: len(je.held))
             self.running = asyncio.create_task(self.keep_running(cluster), name="deepserve-cluster")
             je.tokenizer = self.tokenizer = await asyncio.to_thread(Tokenizer.load, path, config.chat_template)
@@ -209,6 +211,11 @@ class AsyncLLM:
         finally:
             self.je.leave(live)
 
+    def forget_context(self, id: str) -> None:
+        """An explicit context was deleted or has expired."""
+        if self.je is not None:
+            self.je.forget_context(id)
+
     def health(self) -> dict[str, Any]:
         """The workers' state, not the web server's: "ok" only while every TE is ready and its step loop comes round."""
         now = time.monotonic()
@@ -235,6 +242,16 @@ class AsyncLLM:
 
     def executors(self) -> list[dict[str, Any]]:
         return self.cluster.describe() if self.cluster is not None else []
+
+    def give_role(self, te: int, role: Role) -> dict[str, Any]:
+        """Change what a TE does. Running decodes leave a TE that is to prefill only: `moving` are on their way to another one,
+        `draining` sequences end where they are. Raises `UserError`."""
+        if self.cluster is None or self.je is None:
+            raise Unavailable("the model is still loading", 5.0)
+        changed = self.cluster.give_role(te, role)
+        moving, draining = self.je.move_away(changed) if role == "prefill" else (0, changed.sequences)
+        self.je.place()
+        return {"id": te, "object": "task_executor", "role": role, "moving": moving, "draining": draining}
 
     def metrics(self) -> bytes:
         """Prometheus text."""

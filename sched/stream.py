@@ -47,9 +47,13 @@ class Submission(msgspec.Struct, kw_only=True):
     prompts: list[array[int]]
     params: SamplingParams
     trace_id: str = ""  # the caller's X-Request-Id, where given
-    kind: str = "chat"  # or "completion", "embedded"
+    kind: str = "chat"  # or "completion", "embedded", "context"
     salt: bytes = b""  # separates tenants in the prefix cache
     priority: int = 0
+    retain: float = 0.0  # seconds for which its KV blocks are to be kept with priority
+    context: str = ""  # the explicit context that the prompts begin with
+    context_tokens: int = 0  # ... and how many tokens that has
+    preserve: bool = False  # the prompt is that context
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -66,7 +70,9 @@ class Delta(msgspec.Struct, gc=False):
 class Usage(msgspec.Struct):
     prompt_tokens: int = 0  # each prompt once, however many samples
     completion_tokens: int = 0  # of the choices that have ended
-    cached_tokens: int = 0  # prompt tokens that came from the prefix cache
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache, whichever tier of it
+    dram_tokens: int = 0  # of these, from the DRAM tier
+    ssd_tokens: int = 0  # ... and from the SSD tier
 
 
 class Stream:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.types import TokenLogprobs, UserError
+from sched.contexts import Contexts
 from sched.stream import Delta, Stream, Submission, TaskFailed, UnknownModel, Usage
 
 BOS, EOS = 256, 257
@@ -76,6 +77,9 @@ class FakeService:
         self.go = asyncio.Event()
         self.silent = asyncio.Event()  # it has fallen silent
         self.left = asyncio.Event()  # a context has been left
+        self.now = 1_700_000_000.0  # Unix seconds, of `contexts`
+        self.forgotten: list[str] = []
+        self.contexts = Contexts(self.forgotten.append, lambda: self.now)
 
     def models(self) -> list[FakeModel]:
         return [self.card]
@@ -94,6 +98,11 @@ class FakeService:
 
     def executors(self) -> list[dict[str, Any]]:
         return [{"id": 0, "pid": 1, "role": "colocated", "model": self.card.id, "state": "ready"}]
+
+    def give_role(self, te: int, role: str) -> dict[str, Any]:
+        if te:
+            raise UserError(f"there is no TE {te} that is ready", "id")
+        return {"id": te, "object": "task_executor", "role": role, "moving": 0, "draining": 0}
 
     def metrics(self) -> bytes:
         return b"# TYPE deepserve:num_requests_running gauge\ndeepserve:num_requests_running 0.0\n"

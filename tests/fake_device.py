@@ -5,8 +5,10 @@ the text."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +16,9 @@ from engine.batch import Batch
 from engine.config import Speculation
 from engine.core import Core
 from engine.devices import Logprobs, StepInputs, StepOutput
+from engine.distflow import Completion
 from engine.executor import Executor
+from engine.handover import Outbound
 from engine.rtc import RTC
 from engine.types import FromWorker, Refused, Sample, SamplingParams, Start, Tokens, pack_ids
 
@@ -53,6 +57,9 @@ class Lazy:
             first = self.device.queue.pop(0)
             first.out = self.device.run(first.step)
         return self.out
+
+    def wait_layer(self, layer: int) -> None:
+        self.result()
 
 
 class FakeDevice:
@@ -122,6 +129,14 @@ class ListInbox:
 
     def beat(self) -> None: ...
 
+    def rouse(self) -> None: ...
+
+
+class FakeKV:
+    nbytes, pool, layout = 1, None, None
+
+    def commit(self, blocks: int) -> None: ...
+
 
 class Engine:
     """Batch, executor and core over the fake device, driven a step at a time."""
@@ -140,7 +155,7 @@ class Engine:
         self.rtc = RTC(blocks, block_size, caching)
         self.batch = Batch(self.rtc, max_seqs=max_seqs, max_tokens=max_tokens, max_len=max_len, speculation=speculation)
         self.device = FakeDevice(blocks, block_size)
-        self.executor = Executor(self.device, FakeModel(), None, self.batch.tables, block_size, max_tokens)  # type: ignore[arg-type]
+        self.executor = Executor(self.device, FakeModel(), FakeKV(), self.batch.tables, block_size, max_tokens)  # type: ignore[arg-type]
         self.told: list[FromWorker] = []
         self.core = Core(self.batch, self.executor, ListInbox(), self.told.append, clock=lambda: 1.0)
         self.flying: list = []
@@ -167,8 +182,8 @@ class Engine:
         samples = [Sample(i, pack_ids(list(generated)), seed + i) for i in range(n)]
         self.batch.start(Start(task, pack_ids(prompt), samples, params, max_tokens, list(stop), salt, priority))
 
-    def step(self, overlapped: bool = False) -> bool:
-        """One turn of the core's loop; whether there is more to do."""
+    def step(self, overlapped: bool = False, tell: Callable[[FromWorker], None] | None = None) -> bool:
+        """One turn of the core's loop; whether there is more to do. What it says goes to `tell` where that is given."""
         plan = self.batch.plan()
         launched = [(plan, self.core.launch(plan))] if plan else []
         if not overlapped:
@@ -178,6 +193,10 @@ class Engine:
         elif not launched:
             self.core.report()
         self.flying = launched
+        if tell is not None:
+            for message in self.told:
+                tell(message)
+            self.told.clear()
         self.collect()
         return bool(self.flying or self.batch.has_work())
 
@@ -207,3 +226,41 @@ class Engine:
             if not more:
                 return
         raise AssertionError(f"no end after {limit} steps")
+
+
+class Carried(NamedTuple):
+    """A transfer that waits for its turn."""
+
+    target: Engine
+    here: list[int]
+    there: list[int]
+    after: Callable[[], None] | None
+    on_done: Callable[[Completion], None] | None
+
+
+class SlowOutbound(Outbound):
+    """Carries blocks of `here` in order to the engines that it is linked with, `there` by TE: one transfer a `tick`."""
+
+    def __init__(self, here: Engine, there: dict[int, Engine]):
+        peer = SimpleNamespace(layout=SimpleNamespace(layers=1), block_size=here.rtc.block_size)
+        super().__init__(None, peer, here.core.follow)  # type: ignore[arg-type]
+        self.source, self.there = here, there
+        self.queue: list[Carried] = []
+
+    def transfer(self, to, here, there, layers=None, after=None, on_done=None):
+        if to in self.there:
+            self.queue.append(Carried(self.there[to], list(here), list(there), after, on_done))
+        else:
+            Completion(on_done).end(f"TE {to} is not linked")
+
+    def tick(self, error: str | None = None) -> None:
+        """With an `error` nothing is copied."""
+        if not self.queue:
+            return
+        target, here, there, after, on_done = self.queue.pop(0)
+        if after is not None:
+            after()
+        size = self.here.block_size
+        for a, b in zip(here, there, strict=True) if error is None else ():
+            target.device.memory[b * size : (b + 1) * size] = self.source.device.memory[a * size : (a + 1) * size]
+        Completion(on_done).end(error)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine import models, weights
-from engine.devices import Device, SamplingRows, SlotSetup, StepInputs, StepOutput
+from engine.devices import ALONE, Device, Rank, SamplingRows, SlotSetup, StepInputs, StepOutput
 from engine.devices.cpu import CpuDevice
 from engine.devices.cpu_native import NativeCpuDevice
 from engine.devices.torch_device import StreamDevice
@@ -49,7 +49,8 @@ class Rig:
 
     `native`: the compiled kernels (bfloat16, and what `quantization` and `kv_dtype` say) on so many threads; None: the reference
     operators.
-    `device`: another device of this dtype instead, in blocks of its own size."""
+    `device`: another device of this dtype instead, in blocks of its own size.
+    `rank`: which rank of several this is; each must be given the same steps, at the same time."""
 
     def __init__(
         self,
@@ -64,20 +65,22 @@ class Rig:
         quantization: Quantization = "auto",
         device: Device | None = None,
         kv_dtype: str = "auto",
+        rank: Rank = ALONE,
     ):
         self.block_size = block_size if native is None else 16  # the compiled kernels' smallest
         if device is not None:
             self.block_size = device.block_size
         checkpoint = weights.open_checkpoint(path)
-        self.model = models.build(checkpoint.config)
-        compiled = NativeCpuDevice(native, kv_dtype=kv_dtype) if native is not None else None
+        self.model = models.build(checkpoint.config, rank.index, rank.count)
+        compiled = NativeCpuDevice(native, kv_dtype=kv_dtype, rank=rank) if native is not None else None
         self.device: Any = device or compiled or CpuDevice(dtype, threads=1)
         fd = os.memfd_create("weights")
         packing = Packing(dtype, "rows", quantization) if native is None else Packing("bfloat16", "panels", quantization)
         mapped = weights.map_slabs(weights.pack(checkpoint, self.model.weights(), packing, fd), [fd])
         os.close(fd)
-        self.model.bind(self.device, {name: self.device.weight(parts) for name, parts in mapped.items()}, max_len)
-        self.kv = self.device.kv_cache(self.model.layers, blocks, self.block_size, self.model.kv_heads, self.model.head_dim)
+        tensors = {name: self.device.weight(parts) for name, parts in self.model.own(mapped).items()}
+        self.model.bind(self.device, tensors, max_len)
+        self.kv = self.device.kv_cache(self.model.layers, blocks, self.block_size, self.model.own_kv_heads, self.model.head_dim)
         self.device.configure(vocab=self.model.vocab, slots=64, tokens=1024)
         self.free = np.random.default_rng(seed).permutation(blocks).tolist()
 

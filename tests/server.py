@@ -51,6 +51,11 @@ def family(marker: str) -> set[int]:
     return found
 
 
+def authorization(key: str) -> dict[str, str]:
+    """The header that an API key goes in, where there is one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class Server:
     def __init__(self, *args: str | Path, python: str | Path = sys.executable, environment: dict[str, str] | None = None):
         """`python` and `environment`: of another virtual environment."""
@@ -89,17 +94,19 @@ class Server:
         wait_until("the server is ready", lambda: self.listening() and self.get("/health")[0] == 200)
         return self
 
-    def get(self, path: str) -> tuple[int, Any]:
+    def get(self, path: str, key: str = "") -> tuple[int, Any]:
+        request = urllib.request.Request(self.url + path, headers=authorization(key))
         try:
-            with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as reply:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
                 status, body = reply.status, reply.read()
         except urllib.error.HTTPError as e:
             with e:
                 status, body = e.code, e.read()
         return status, json.loads(body) if body[:1] in b"{[" else body.decode()
 
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    def post(self, path: str, body: dict[str, Any], key: str = "") -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json", **authorization(key)}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
                 return reply.status, json.loads(reply.read())
@@ -107,8 +114,8 @@ class Server:
             with e:
                 return e.code, json.loads(e.read())
 
-    def tes(self) -> list[dict[str, Any]]:
-        return self.get("/v1/admin/te")[1]["data"]
+    def tes(self, key: str = "") -> list[dict[str, Any]]:
+        return self.get("/v1/admin/te", key)[1]["data"]
 
     def keeper(self) -> int:
         for pid in family(self.marker):

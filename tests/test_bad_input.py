@@ -214,6 +214,11 @@ def cases() -> list[Case]:
         Case("detokenize nothing", DETOKENIZE, b'{"model": "MODEL"}', "tokens"),
         Case("detokenize text", DETOKENIZE, b'{"model": "MODEL", "tokens": "hi"}', "tokens"),
         Case("detokenize too high", DETOKENIZE, b'{"model": "MODEL", "tokens": [1000000000]}', "tokens"),
+        # ---- roles
+        Case("role that isn't one", "/v1/admin/te/0/role", b'{"role": "king"}', "role"),
+        Case("role of nothing", "/v1/admin/te/0/role", b"{}", "role"),
+        Case("role of nobody", "/v1/admin/te/999/role", b'{"role": "prefill"}', "id"),
+        Case("role of no number", "/v1/admin/te/one/role", b'{"role": "prefill"}', "id"),
     ]
 
 

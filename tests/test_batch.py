@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import share
+from engine.sequence import share
 from engine.types import Finish, sequence_id
 from tests.fake_device import VOCAB, Engine, score_of, text_of
 

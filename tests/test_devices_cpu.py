@@ -11,6 +11,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -253,15 +254,23 @@ def test_a_weight_is_a_view_of_read_only_memory(device, dtype, stored):
 
 
 def test_the_kv_cache_can_be_mapped_by_others_and_costs_nothing_until_used(device):
-    cache = device.kv_cache(layers=3, blocks=1 << 14, block_size=16, kv_heads=2, head_dim=64)
-    assert cache.nbytes == os.fstat(cache.fd).st_size == 3 * 2 * (1 << 14) * 16 * 2 * 64 * 4
-    assert os.fstat(cache.fd).st_blocks == 0
+    blocks = 1 << 14
+    cache = device.kv_cache(layers=3, blocks=blocks, block_size=16, kv_heads=2, head_dim=64)
+    assert cache.nbytes == os.fstat(cache.pool.fd).st_size == 3 * 2 * blocks * 16 * 2 * 64 * 4
+    assert os.fstat(cache.pool.fd).st_blocks == 0
     keys, values = cache.layer(1)
-    assert keys.shape == values.shape == (1 << 14, 16, 2, 64)
+    assert keys.shape == values.shape == (blocks, 16, 2, 64)
     values[5, 3, 1] = 7.0
-    assert 0 < os.fstat(cache.fd).st_blocks * 512 < 1 << 20
-    seen = np.frombuffer(mmap.mmap(cache.fd, cache.nbytes, prot=mmap.PROT_READ), np.float32).reshape(3, 2, 1 << 14, 16, 2, 64)
-    assert (seen[1, 1, 5, 3, 1] == 7.0).all() and not seen[1, 0, 5].any()
+    assert 0 < os.fstat(cache.pool.fd).st_blocks * 512 < 1 << 20
+    seen = device.kv_cache(3, blocks, 16, 2, 64, lender=cache.pool.memory)
+    assert (seen.layer(1)[1][5, 3, 1] == 7.0).all() and not seen.layer(1)[0][5].any()
+    at = seen.layout
+    block = at.layer_stride + at.part_stride + 5 * at.unit_stride
+    raw = np.frombuffer(seen.pool.view, np.float32)[block // 4 : (block + at.heads * at.head_bytes) // 4]
+    assert (raw.reshape(16, 2, 64)[3, 1] == 7.0).all() and raw.sum() == 7.0 * 64
+    gone = msgspec.structs.replace(cache.pool.memory, inode=1)
+    with pytest.raises(UserError, match="is gone: its descriptor"):
+        device.kv_cache(3, blocks, 16, 2, 64, lender=gone)
 
 
 def test_a_kv_cache_that_cant_be_mapped_names_the_flag(device):

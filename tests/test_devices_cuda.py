@@ -17,7 +17,8 @@ from engine.devices import cuda, open_device, torch_device, torch_ops
 from engine.devices.cpu import CpuDevice
 from engine.devices.cuda import WIDTHS, Attention, Captured, CudaDevice, open_cuda
 from engine.devices.torch_device import BUCKETS, Cell
-from engine.types import UserError
+from engine.distflow import block_spans
+from engine.types import DeviceMemory, UserError
 from tests import tiny
 from tests.harness import Rig, rows, setup
 from tests.npu.engine import BLOCK, ModelEngine
@@ -36,7 +37,7 @@ class Done:
         Done.waits += 1
 
 
-HOST = SimpleNamespace(Event=Done)
+HOST = SimpleNamespace(Event=Done, set_device=lambda where: None)
 
 
 class PlayedGraph:
@@ -341,6 +342,31 @@ def test_steps_are_launched_ahead(path):
         pending.append(rig.launch(step))
     assert [int(p.result().ids[0]) for p in reversed(pending)] == want[::-1]
     assert Done.waits - before == 9
+
+
+def test_blocks_lie_where_the_layout_says():
+    cache = device("eager bfloat16").kv_cache(layers=3, blocks=5, block_size=16, kv_heads=2, head_dim=8)
+    cache.slab.copy_(torch.arange(cache.slab.numel()).view(cache.slab.shape) % 999)
+    offsets, lengths = block_spans(cache.layout, 16, [4, 1], layers=range(1, 3))
+    assert cache.pool.whole == ("cuda", 0, cache.slab.data_ptr(), cache.nbytes)
+    flat = cache.slab.view(-1).view(torch.uint8)
+    found = torch.cat([flat[o : o + n] for o, n in zip(offsets.tolist(), lengths.tolist(), strict=True)])
+    assert torch.equal(found.view(torch.bfloat16), cache.slab[1:, :, [4, 1]].reshape(-1))
+
+
+def test_a_layer_can_be_waited_for_where_others_reach_the_cache(path):
+    rig = Rig(path, device=device("captured float32"))
+    step = rig.inputs([([1, 2, 3], 0, 3)], [rig.table(4)], [2])
+    assert not rig.launch(step).layers
+    rig.kv.pool.exported = DeviceMemory(1, "cuda", 0, b"", rig.kv.nbytes)
+    launched, before = rig.launch(step), Done.waits
+    assert len(launched.layers) == rig.model.layers
+    launched.wait_layer(1)
+    assert Done.waits == before + 1
+    launched.result()
+    launched.wait_layer(0)
+    assert Done.waits == before + 2, "what is over isn't waited for"
+    assert not rig.launch(decode(rig, 2)).layers
 
 
 class Apart(TorchDispatchMode):

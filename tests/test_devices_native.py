@@ -105,5 +105,5 @@ def test_greedy_text_on_both_devices(folders):
 def test_a_cache_takes_what_capacity_counts(folders):
     rigs = {kind: Rig(folders["odd_sizes"], native=1, blocks=40, kv_dtype=kind) for kind in ("auto", "bfloat16", "int8")}
     for kind, rig in rigs.items():
-        assert rig.kv.nbytes == len(rig.kv.memory) == 40 * 16 * kv_bytes_per_token(rig.model, "bfloat16", kind)
+        assert rig.kv.nbytes == len(rig.kv.pool.view) == 40 * 16 * kv_bytes_per_token(rig.model, "bfloat16", kind)
     assert rigs["bfloat16"].kv.nbytes == rigs["auto"].kv.nbytes == rigs["int8"].kv.nbytes * 48 // 26

@@ -48,7 +48,7 @@ def test_the_keeper_may_fork_until_a_device_is_touched(npu_python):
     assert told.split() == ["''", "'npu'"]
 
 
-@pytest.mark.parametrize("cases", ["all", "captured or launched or padding or bucket"], ids=["at_once", "queued"])
+@pytest.mark.parametrize("cases", ["all", "captured or launched or padding or bucket or layer"], ids=["at_once", "queued"])
 def test_the_device_over_the_stub(cases, npu_python):
     """Queued: every stream runs in a thread of its own, so that a wait that is missing is seen. Those are the cases of whole
     steps."""
@@ -136,7 +136,9 @@ def test_npu_is_resolved_without_torch():
         ({"quantization": "int8", "dtype": "float32"}, "--dtype bfloat16 or float16"),
         ({"pin_threads": True}, "--pin-threads"),
         ({"max_model_len": 9000}, "8192"),
-        ({"tensor_parallel_size": 2}, "only 1"),
+        ({"tensor_parallel_size": 2}, "9 query heads and 3 KV heads"),
+        ({"pd": "1p1d", "tensor_parallel_size": 3}, "leave out --tensor-parallel-size"),
+        ({"pd": "semi"}, "use --pd 1p1d on npu"),
     ):
         with pytest.raises(UserError, match=says):
             capacity.resolve(Config(device="npu", **settings), Shape(), GIB // 2, box)

@@ -324,6 +324,8 @@ def test_metrics_version_jobs_executors() -> None:
             assert await response.json() == {"version": "1.2.3"}
         async with rig.http.get(rig.url + "/v1/admin/te") as response:
             assert (await response.json())["data"][0]["role"] == "colocated"
+        status, reply, _ = await rig.post("/v1/admin/te/0/role", {"role": "prefill"})
+        assert status == 200 and reply == {"id": 0, "object": "task_executor", "role": "prefill", "moving": 0, "draining": 0}
         _, reply, _ = await rig.post("/v1/chat/completions", CHAT, X_Request_Id="mine")
         for id in (reply["id"], "mine"):
             async with rig.http.get(f"{rig.url}/v1/jobs/{id}") as response:

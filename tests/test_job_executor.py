@@ -38,8 +38,8 @@ class PlayedTE:
     """A TE whose link writes down what it is sent."""
 
     def __init__(self, number: int):
-        self.id, self.state, self.role = number, "ready", "colocated"
-        self.sequences = self.prompt_tokens = 0
+        self.id, self.state, self.role, self.lender = number, "ready", "colocated", -1
+        self.sequences = self.prompt_tokens = self.expecting = self.computing = 0
         self.load = Load()
         self.climb = Climb(number, 0.0)
         self.sent: list = []

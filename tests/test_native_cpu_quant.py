@@ -100,7 +100,8 @@ def linear(
         b=None if bias is None else bias.ctypes.data,
         n=matrix.n,
         k=k,
-        i=(cpu.WEIGHT_KINDS[matrix.kind], stride, fine, 0),
+        stride=stride,
+        i=(cpu.WEIGHT_KINDS[matrix.kind], fine),
     )
     team.run((cpu.Op * 1)(op), cpu.Step(tokens=rows))
     alone = out[:, : matrix.n].copy()
@@ -376,9 +377,10 @@ def test_parts_of_different_kinds_side_by_side(team: cpu.Team) -> None:
     out = np.full((rows, width), np.nan, np.float32)
     ops, at = [], 0
     for part in parts:
-        i = (cpu.WEIGHT_KINDS[part.kind], width, 0, 0)
         to, w = out.ctypes.data + 4 * at, part.packed.ctypes.data
-        ops.append(cpu.Op(kind=cpu.LINEAR, out=to, x=x.ctypes.data, w=w, n=part.n, k=k, i=i))
+        ops.append(
+            cpu.Op(kind=cpu.LINEAR, out=to, x=x.ctypes.data, w=w, n=part.n, k=k, stride=width, i=(cpu.WEIGHT_KINDS[part.kind],))
+        )
         at += part.n
     team.run((cpu.Op * len(ops))(*ops), cpu.Step(tokens=rows))
     assert np.array_equal(out, np.concatenate([linear(team, x, part) for part in parts], axis=1))

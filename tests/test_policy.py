@@ -7,11 +7,11 @@ from sched.policy import Snapshot, least_loaded
 def test_least_loaded_counts_sequences_and_queued_prompts():
     assert least_loaded([]) is None
     choice = least_loaded([Snapshot(0, 4, 0), Snapshot(1, 3, 0)])
-    assert choice is not None and choice.te == 1 and "3 sequences" in choice.reason
+    assert choice is not None and choice.decode == 1 and "3 sequences" in choice.reason
     choice = least_loaded([Snapshot(0, 4, 0), Snapshot(1, 3, 4096)])
-    assert choice is not None and choice.te == 0
+    assert choice is not None and choice.decode == 0
     choice = least_loaded([Snapshot(1, 0, 0), Snapshot(0, 0, 0)])
-    assert choice is not None and choice.te == 0, "equals: the lowest id"
+    assert choice is not None and choice.decode == 0, "equals: the lowest id"
 
 
 def test_the_queue_has_a_bound_that_counts_every_te():

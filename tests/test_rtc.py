@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.rtc import RTC, block_keys, root_key
+from engine.rtc.order import Order
 from engine.types import pack_ids
 
 
@@ -72,21 +73,93 @@ def test_equal_content_committed_twice_is_one_block():
     assert rtc.used == 0
 
 
-def test_preserved_context_is_not_evicted():
-    rtc = RTC(4, 2)
-    blocks = rtc.alloc_blocks(2)
-    assert blocks is not None
-    with pytest.raises(ValueError, match="not committed"):
-        rtc.preserve("ctx", blocks)
-    commit_all(rtc, blocks, keys_of([1, 2, 3, 4], 2))
-    rtc.preserve("ctx", blocks)
-    rtc.free(blocks)
-    assert rtc.alloc_blocks(3) is None
-    match = rtc.match_by_id("ctx")
-    assert match is not None and match.blocks == blocks
-    rtc.forget("ctx")
-    assert rtc.match_by_id("ctx") is None and rtc.alloc_blocks(4) is not None
+def fill(rtc: RTC, ids: list[int], until: float = 0.0) -> list[int]:
+    """A prompt comes, is computed, and goes: its blocks, idle now."""
+    keys = keys_of(ids, rtc.block_size)
+    held = rtc.populate(rtc.match_by_prefix_token(keys, 10**6))
+    held += rtc.alloc_blocks(len(keys) - len(held)) or []
+    commit_all(rtc, held, keys)
+    rtc.retain(held, until)
+    rtc.free(held)
     rtc.check()
+    return held
+
+
+def test_a_context_is_kept_with_priority_and_not_pinned():
+    rtc = RTC(4, 2)
+    keys = keys_of([1, 2, 3, 4], 2)
+    kept = fill(rtc, [1, 2, 3, 4])
+    rtc.preserve("ctx", keys, until=100.0)
+    rtc.now = 10.0
+    fill(rtc, [5, 6, 7, 8])
+    rtc.now = 20.0
+    fill(rtc, [9, 9, 9, 8])
+    match = rtc.match_by_id("ctx")
+    assert match is not None and match.blocks == kept, "what was used after it went first"
+    taken = rtc.alloc_blocks(4)
+    assert taken is not None, "live sequences get all"
+    match = rtc.match_by_id("ctx")
+    assert match is not None and match.blocks == [] and rtc.match_by_id("other") is None
+    rtc.free(taken)
+    rtc.now = 101.0
+    rtc.preserve("new", keys, until=200.0)
+    assert rtc.match_by_id("ctx") is None, "its time is over"
+    rtc.check()
+
+
+def test_a_forgotten_context_goes_by_its_use_but_for_what_others_keep():
+    rtc = RTC(6, 2)
+    fill(rtc, [1, 2, 3, 4])
+    rtc.preserve("ctx", keys_of([1, 2, 3, 4], 2), until=100.0)
+    rtc.now = 1.0
+    branch = fill(rtc, [1, 2, 7, 7], until=50.0)
+    rtc.forget("ctx")
+    rtc.forget("ctx")
+    rtc.check()
+    assert [rtc.until[b] for b in branch] == [50.0, 50.0], "another request's text goes on from its first block"
+    rtc.now = 2.0
+    fill(rtc, [5, 6, 7, 8])
+    rtc.now = 3.0
+    assert len(rtc.alloc_blocks(2) or []) == 2  # one was free
+    assert not rtc.match_by_prefix_token(keys_of([1, 2, 3, 4], 2), 99).blocks[1:], "its last block was the oldest"
+    assert rtc.match_by_prefix_token(keys_of([1, 2, 7, 7], 2), 99).blocks == branch
+
+
+def test_retention_outlives_later_use_and_decays():
+    rtc = RTC(4, 2)
+    kept = fill(rtc, [1, 2, 3, 4], until=30.0)
+    rtc.now = 20.0
+    fill(rtc, [5, 6])
+    rtc.now = 21.0
+    fill(rtc, [7, 8])
+    rtc.now = 22.0
+    fill(rtc, [9, 9])
+    assert rtc.match_by_prefix_token(keys_of([1, 2, 3, 4], 2), 99).blocks == kept[:1], "8 s are left of it: as if used 14 s ago"
+    rtc.now = 31.0
+    fill(rtc, [6, 6])
+    assert rtc.match_by_prefix_token(keys_of([1, 2, 3, 4], 2), 99).blocks == [], "it is the oldest now"
+
+
+def test_blocks_that_are_copied_can_be_matched_and_not_evicted():
+    rtc = RTC(4, 2)
+    rtc.unsaved = Order()
+    first, second = fill(rtc, [1, 2, 3, 4]), fill(rtc, [5, 6, 7, 8])
+    assert rtc.spare == 0
+    copied = rtc.copy(3)
+    assert copied == [first[1], first[0], second[1]], "in the order in which they would be evicted"
+    rtc.check()
+    assert rtc.available == 1 and rtc.used == 0 and rtc.alloc_blocks(2) is None
+    held = rtc.populate(rtc.match_by_prefix_token(keys_of([1, 2, 3, 4], 2), 99))
+    assert held == first
+    rtc.check()
+    rtc.copy_done(copied)
+    rtc.check()
+    assert rtc.spare == 1, "the copied one that nobody uses"
+    taken = rtc.alloc_blocks(2)
+    assert taken == [second[1], second[0]] and rtc.losses == 1, "its place is what it was before the copy"
+    rtc.free(held)
+    rtc.check()
+    assert rtc.copy(9) == [first[1], first[0]], "used again: offered again, last"
 
 
 def test_freeing_too_often_is_refused():
@@ -146,12 +219,15 @@ def test_reset_leaves_nothing_to_be_missed():
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), blocks=st.integers(1, 24), size=st.integers(1, 4), reach=st.integers(0, 24))
 def test_random_walk_keeps_every_invariant(seed, blocks, size, reach):
-    """Sequences with few distinct tokens (so prefixes meet) match, grow, commit, leave, are preserved and forgotten."""
+    """Sequences with few distinct tokens (so prefixes meet) match, grow, commit, leave, are kept, copied and forgotten."""
     rng = random.Random(seed)
     rtc = RTC(blocks, size, reach=reach)
+    rtc.unsaved = Order() if rng.random() < 0.7 else None
     live: list[tuple[list[int], list[int]]] = []  # (ids, blocks)
+    copied: list[int] = []
     for _ in range(60):
-        action = rng.choice(["start", "start", "append", "leave", "preserve", "forget", "reset"])
+        rtc.now += rng.choice([0, 0, 1, 5])
+        action = rng.choice(["start", "start", "append", "leave", "leave", "preserve", "forget", "reset", "copy", "copied"])
         if action == "start":
             ids = [rng.randrange(2) for _ in range(rng.randrange(1, 4 * size + 1))]
             keys = keys_of(ids, size)
@@ -169,10 +245,17 @@ def test_random_walk_keeps_every_invariant(seed, blocks, size, reach):
             if block is not None:
                 held.append(block)
         elif action == "leave" and live:
-            rtc.free(live.pop(rng.randrange(len(live)))[1])
+            ids, held = live.pop(rng.randrange(len(live)))
+            rtc.retain(held[: len(ids) // size], rtc.now + rng.choice([0, 3, 20]))
+            rtc.free(held)
         elif action == "preserve" and live:
             ids, held = rng.choice(live)
-            rtc.preserve(rng.choice("ab"), held[: len(ids) // size])
+            rtc.preserve(rng.choice("ab"), keys_of(ids, size), rtc.now + rng.choice([1, 10]))
+        elif action == "copy":
+            copied += rtc.copy(rng.randrange(4))
+        elif action == "copied":
+            rtc.copy_done(copied)
+            copied = []
         elif action == "forget":
             rtc.forget(rng.choice("ab"))
         elif action == "reset":
@@ -180,6 +263,7 @@ def test_random_walk_keeps_every_invariant(seed, blocks, size, reach):
         rtc.check()
     for _, held in live:
         rtc.free(held)
+    rtc.copy_done(copied)
     rtc.forget("a")
     rtc.forget("b")
     rtc.check()

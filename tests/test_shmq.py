@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -577,5 +578,22 @@ def test_corrupt_memory_is_reported_and_not_followed(place: str) -> None:
         run_both(main)
     with contextlib.suppress(RuntimeError):
         sender.close()
+    receiver.close()
+    fds.close()
+
+
+def test_a_wait_is_ended_from_another_thread_before_and_while_it_lasts():
+    fds = shmq.create(1 << 12)
+    sender, receiver = shmq.Sender(fds), shmq.Receiver(fds)
+    receiver.rouse()
+    assert receiver.wait(None) and not receiver.wait(0.0)
+    for _ in range(200):
+        thread = threading.Thread(target=receiver.rouse)
+        thread.start()
+        assert receiver.wait(None) and receiver.receive() == []
+        thread.join()
+    sender.send(b"x")
+    assert receiver.wait(None) and receiver.receive() == [b"x"] and not receiver.wait(0.0)
+    sender.close()
     receiver.close()
     fds.close()

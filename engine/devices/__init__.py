@@ -20,14 +20,28 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.devices import ascend
+from engine.devices.kv_pool import DevicePool, KVPool
 from engine.models import WeightPart
-from engine.types import UserError, WeightFormat
+from engine.types import KVLayout, Memory, UserError, WeightFormat
 
 # An installed torch-npu would be imported by `import torch`, which fails where there is no CANN: --device npu imports it itself.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 Tensor = Any  # opaque outside this folder
 Rows = Any  # opaque row count of a step: `StepView.tokens` or `StepView.sampled`
+
+
+@dataclass(slots=True, frozen=True)
+class Rank:
+    """Which of a TE's ranks this process is, and the memory that they share."""
+
+    index: int
+    count: int
+    memory: int  # a memfd, empty at first and never shortened; -1: there is none
+    pool: int  # a memfd for the KV cache of all of them
+
+
+ALONE = Rank(0, 1, -1, -1)
 
 
 @dataclass(slots=True)
@@ -103,6 +117,11 @@ class Pending(Protocol):
 
     def result(self) -> StepOutput: ...
 
+    def wait_layer(self, layer: int) -> None:
+        """From one other thread: wait until the step's keys and values of a layer are in the cache, or as much longer as the
+        device can tell only the end of a step."""
+        ...
+
 
 @dataclass(slots=True)
 class StepView:
@@ -121,10 +140,15 @@ class KVCache(Protocol):
     """Paged K and V of every layer, in one slab."""
 
     nbytes: int
-    lazy: bool  # memory is committed as blocks are first written
+    pool: KVPool | DevicePool | None  # what other processes can reach; None where it lies on the devices of several ranks
+    layout: KVLayout | None  # ... and how it lies there
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """(K, V) of one layer: [blocks, block_size, kv_heads, head_dim]."""
+        ...
+
+    def commit(self, blocks: int) -> None:
+        """Have memory for the first so many blocks now, where it would else come page by page in the middle of a step."""
         ...
 
 
@@ -144,8 +168,11 @@ class Device(Protocol):
         """A small host array (a rope table) on the device, in its own dtype."""
         ...
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
-        """On cpu memory is committed when first written. Raises `OutOfMemory`."""
+    def kv_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None
+    ) -> KVCache:
+        """`lender`: the pool of another TE on the same device, to be used instead of an own one. On cpu memory is committed when
+        first written. Raises `OutOfMemory`."""
         ...
 
     def free_bytes(self) -> int:
@@ -157,6 +184,12 @@ class Device(Protocol):
         ...
 
     # ---- execution --------------------------------------------------------------------------------------------------
+    def set_share(self, percent: int) -> None:
+        """Compute with at most `percent` (10 to 100) of the device from now on, beside who has the rest. Results don't change by
+        more than the device's tolerance, on the compiled kernels not at all. Raises `UserError` where a process can't be given
+        such a share, or no other than it started with."""
+        ...
+
     def launch(self, forward: Forward, step: StepInputs) -> Pending:
         """Queue one step: resolve `feed`, run `forward`, sample. Errors come out of the Pending."""
         ...
@@ -219,6 +252,15 @@ class Device(Protocol):
         ...
 
     def take_rows(self, out: Tensor, x: Tensor, rows: Tensor) -> None: ...
+
+    # ---- ranks ------------------------------------------------------------------------------------------------------
+    def shard(self, out: Tensor, bounds: Sequence[int]) -> Tensor:
+        """What this rank writes of the buffer `out`: columns bounds[r] to bounds[r + 1] are rank r's. Alone: `out` itself."""
+        ...
+
+    def all_gather(self, out: Tensor, shard: Tensor) -> None:
+        """`out` whole on every rank, once each has written its `shard`: side by side in rank order, so that no sum changes."""
+        ...
 
 
 # ---- what is known of a device before it is opened ------------------------------------------------------------------
@@ -309,6 +351,18 @@ def kv_dtype_needs(name: str, dtype: str, kv_dtype: str, compiled: bool) -> str:
     return compiled_needs(dtype, compiled) if name == "cpu" else f"the compiled cpu kernels: leave it out on {name}"
 
 
+def tiers_need(name: str, dtype: str, compiled: bool) -> str:
+    """What KV tiers beside the device's need that isn't there; "" for nothing."""
+    if name != "cpu":
+        return f"--device cpu so far: leave it out on {name}"
+    return "" if weight_format(name, dtype, compiled) == "panels" else compiled_needs(dtype, compiled)
+
+
+def ranks_need(name: str, dtype: str, compiled: bool) -> str:
+    """What --tensor-parallel-size above 1 needs that isn't there; "" for nothing."""
+    return compiled_needs(dtype, compiled) if name == "cpu" and weight_format(name, dtype, compiled) != "panels" else ""
+
+
 def preload(name: str, weights: WeightFormat) -> None:
     """Import what `open_device` will need, touching no device and starting no thread: the keeper forks afterwards."""
     if weights == "panels":
@@ -338,6 +392,7 @@ def open_device(
     cores: Sequence[int] | None = None,
     index: int = 0,
     kv_dtype: str = "auto",
+    rank: Rank = ALONE,
 ) -> Device:
     """The device called `name` that reads packed `weights`. `cores`: where the compiled kernels' threads are pinned; `index`:
     which one of an accelerator's devices, among those this process may see; `kv_dtype`: of the compiled kernels' KV cache, which
@@ -346,7 +401,7 @@ def open_device(
     if weights == "panels":
         from engine.devices.cpu_native import NativeCpuDevice
 
-        return NativeCpuDevice(threads, cores, kv_dtype)
+        return NativeCpuDevice(threads, cores, kv_dtype, rank)
     if name == "npu":
         try:
             from engine.devices.npu import NpuDevice
@@ -355,11 +410,17 @@ def open_device(
                 f"--device npu: torch-npu can't be loaded ({e}); `./run.sh doctor` says what is missing, or use --device cpu",
                 "device",
             ) from None
-        return NpuDevice(dtype, index)
+        npu = NpuDevice(dtype, index)
+        if rank.count > 1:
+            npu.join(rank, "hccl")
+        return npu
     if name == "cuda":
         from engine.devices.cuda import open_cuda
 
-        return open_cuda(dtype, index)
+        cuda = open_cuda(dtype, index)
+        if rank.count > 1:
+            cuda.join(rank, "nccl")
+        return cuda
     from engine.devices.cpu import CpuDevice
 
     return CpuDevice(dtype, threads)

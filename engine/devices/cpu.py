@@ -6,10 +6,10 @@ launch order, whole steps: forward pass and sampling.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 # Read by the OpenMP library when torch loads it. Its threads wait for each other after each operator, by default by
 # spinning for milliseconds: with another process on the same cores a step then takes 30 times as long. This many turns
@@ -22,12 +22,26 @@ import torch
 from torch import Tensor
 
 from engine.devices import Forward, StepInputs, StepOutput, StepView, torch_ops
-from engine.devices.torch_device import over
+from engine.devices.kv_pool import KVPool
+from engine.devices.torch_device import over, rows_layout
 from engine.devices.torch_sampler import Sampler, logprobs, logprobs_where_asked
 from engine.models import WeightPart
-from engine.types import OutOfMemory, UserError
+from engine.types import Memory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True, frozen=True)
+class Launched:
+    """A step in the worker's queue."""
+
+    future: Future[StepOutput]
+
+    def result(self) -> StepOutput:
+        return self.future.result()
+
+    def wait_layer(self, layer: int) -> None:
+        self.future.result()
 
 
 class CpuDevice:
@@ -39,6 +53,7 @@ class CpuDevice:
             raise UserError(f"--dtype {dtype}: the cpu device has {' and '.join(DTYPES)}", "dtype")
         self.dtype = DTYPES[dtype]
         self.threads = threads
+        self.share = 100  # percent
         self.sampler: Sampler | None = None
         self._memory: dict[str, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}  # this step's rows of each rope table
@@ -52,8 +67,10 @@ class CpuDevice:
     def constant(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> CpuKVCache:
-        return CpuKVCache((layers, 2, blocks, block_size, kv_heads, head_dim), self.dtype)
+    def kv_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None
+    ) -> CpuKVCache:
+        return CpuKVCache((layers, 2, blocks, block_size, kv_heads, head_dim), self.dtype, lender)
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         self.sampler = Sampler(vocab, slots)
@@ -65,11 +82,20 @@ class CpuDevice:
         return memory[: rows * width].view(rows, width)
 
     # ---- execution --------------------------------------------------------------------------------------------------
-    def launch(self, forward: Forward, step: StepInputs) -> Future[StepOutput]:
+    def set_share(self, percent: int) -> None:
+        """In whole threads, of which one is left at least, from the next step on."""
+        self.share = percent
+        if self._worker is not None:
+            self._worker.submit(self.take_share)
+
+    def take_share(self) -> None:
+        """The number of threads is a setting of the thread that computes: this runs there."""
+        torch.set_num_threads(max(1, self.threads * self.share // 100))
+
+    def launch(self, forward: Forward, step: StepInputs) -> Launched:
         if self._worker is None:
-            # The number of threads is a setting of the thread that computes.
-            self._worker = ThreadPoolExecutor(1, "cpu-device", torch.set_num_threads, (self.threads,))
-        return self._worker.submit(self.run, forward, step)
+            self._worker = ThreadPoolExecutor(1, "cpu-device", self.take_share)
+        return Launched(self._worker.submit(self.run, forward, step))
 
     @torch.inference_mode()
     def run(self, forward: Forward, step: StepInputs) -> StepOutput:
@@ -114,6 +140,12 @@ class CpuDevice:
     swiglu = staticmethod(torch_ops.swiglu)
     take_rows = staticmethod(torch_ops.take_rows)
 
+    def shard(self, out: Tensor, bounds: Sequence[int]) -> Tensor:
+        return out  # the reference operators have one rank
+
+    def all_gather(self, out: Tensor, shard: Tensor) -> None:
+        """One rank has it all."""
+
     def rope_store(
         self,
         qkv: Tensor,
@@ -147,25 +179,17 @@ class CpuDevice:
 
 
 class CpuKVCache:
-    """K and V of every layer in one memfd, so that another process can map it; pages are committed when first touched."""
+    """K and V of every layer, in a pool that another process can map: [layers, 2, blocks, block_size, kv_heads, head_dim]."""
 
-    lazy = True
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
-        self.nbytes = int(np.prod(shape)) * dtype.itemsize
-        try:
-            self.fd = os.memfd_create("kv-cache", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.nbytes)
-            memory = mmap.mmap(self.fd, self.nbytes)
-        except (OSError, ValueError, OverflowError) as e:
-            block = self.nbytes // shape[2]
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // block * block
-            raise OutOfMemory(
-                f"--kv-cache-memory-bytes {self.nbytes}: the KV cache can't be mapped ({e}); {free} bytes are free",
-                "kv_cache_memory_bytes",
-            ) from None
-        slab = torch.frombuffer(memory, dtype=dtype).view(shape)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lender: Memory | None = None):
+        self.layout = rows_layout(shape, dtype, shape[2])
+        self.nbytes = self.layout.layers * self.layout.layer_stride
+        self.pool = KVPool(self.nbytes, lender)
+        slab = over(np.frombuffer(self.pool.view, np.uint8), dtype).view(shape)
         self._layers = [(keys, values) for keys, values in slab]
+
+    def commit(self, blocks: int) -> None:
+        """A block's layers lie far apart here: their pages come when touched."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self._layers[index]

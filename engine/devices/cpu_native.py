@@ -8,9 +8,9 @@ sequence's logits depend on that sequence alone, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.devices import Forward, StepInputs, StepOutput, StepView
+from engine.devices import ALONE, Forward, Rank, StepInputs, StepOutput, StepView
+from engine.devices.kv_pool import KVPool, Part
 from engine.devices.native_sampler import Answer, NativeSampler, Sampling
 from engine.models import WeightPart
 from engine.native import cpu
-from engine.types import OutOfMemory, UserError
+from engine.types import KVLayout, Memory, UserError
 
-MAP_NORESERVE = 0x4000  # Linux; Python 3.11's mmap has no name for it. Memory is committed as blocks are first used
 QUANT_BYTES, QUANT_COLUMNS = 4, 64  # native/cpu/cpu.h
+MEETING_BYTES = mmap.PAGESIZE  # of the ranks' memory, before the buffers: a ds_meeting
 LARGEST_VOCABULARY = (4 << 20) // 12  # native/cpu/sample.inc.h: three rows of logits fit a thread's scratch
 
 
@@ -58,6 +59,28 @@ class Buffer:
     width: int
     full: int = 0  # address of float32 [rows, width]; 0: not used so far
     half: int = 0  # address of bfloat16 [rows, width]
+    shared: bool = False  # lies in the ranks' memory
+
+    @property
+    def stride(self) -> int:
+        return self.width
+
+
+@dataclass(slots=True, frozen=True)
+class Shard:
+    """Columns of a buffer that the ranks share: those that this one writes."""
+
+    whole: Buffer
+    first: int
+    width: int
+
+    @property
+    def rows(self) -> Rows:
+        return self.whole.rows
+
+    @property
+    def stride(self) -> int:
+        return self.whole.width
 
 
 class LayerKV(NamedTuple):
@@ -70,28 +93,50 @@ class LayerKV(NamedTuple):
 
 
 class NativeKVCache:
-    """K and V of a kind of `cpu.KV_KINDS`, in the kernels' layout, a block's layers side by side. Pages are committed when first
-    touched: huge ones where the system gives them, which spares most page faults and misses of address translation."""
+    """K and V of a kind of `cpu.KV_KINDS`, in the kernels' layout, a block's layers side by side."""
 
-    lazy = True
-
-    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, kind: str = "bfloat16"):
-        each = kv_heads * cpu.kv_run(kind, head_dim)  # bytes of a group in one layer
-        self.nbytes = blocks * block_size // cpu.KV_GROUP * layers * each
-        try:
-            self.memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-        except (OSError, ValueError, OverflowError) as e:
-            raise OutOfMemory(
-                f"--kv-cache-memory-bytes {self.nbytes}: can't be mapped ({e}); use less", "kv_cache_memory_bytes"
-            ) from None
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
-        base, number = address_of(self.memory), cpu.KV_KINDS[kind]
+    def __init__(
+        self,
+        layers: int,
+        blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        kind: str = "bfloat16",
+        lender: Memory | None = None,
+        rank: Rank = ALONE,
+    ):
+        run = cpu.kv_run(kind, head_dim)
+        each = kv_heads * run  # bytes of a group in one layer
+        groups = blocks * block_size // cpu.KV_GROUP
+        self.nbytes = groups * layers * each
+        part = Part(rank.pool, rank.index, rank.count) if rank.count > 1 else None
+        self.pool = KVPool(self.nbytes, lender, part)
+        self.block_bytes = self.nbytes // blocks
+        parts = 2 if kind == "bfloat16" else 1  # with int8 a head's keys and values are one run
+        self.layout = KVLayout(
+            format=f"panels-{kind}-{head_dim}",
+            layers=layers,
+            layer_stride=each,
+            parts=parts,
+            part_stride=each // 2,
+            units=groups,
+            unit_stride=layers * each,
+            unit_tokens=cpu.KV_GROUP,
+            heads=kv_heads,
+            head_bytes=run // parts,
+            ranks=rank.count,
+            rank_stride=self.pool.stride,
+        )
+        base, number = address_of(self.pool.view), cpu.KV_KINDS[kind]
         keys = [base + i * each for i in range(layers)]
         self._layers = [LayerKV(number, at, at + each // 2 if kind == "bfloat16" else 0, layers * each // 2) for at in keys]
 
     def layer(self, index: int) -> LayerKV:
         return self._layers[index]
+
+    def commit(self, blocks: int) -> None:
+        self.pool.commit(blocks * self.block_bytes)
 
 
 @dataclass(slots=True)
@@ -115,27 +160,35 @@ class Launched:
     ticket: int
     sampled: Answer
     scored: Answer
+    stores: Sequence[int]  # number of each layer's operator that writes its keys and values
 
     def result(self) -> StepOutput:
         self.team.wait(self.ticket)
         return StepOutput(self.sampled.ids, self.sampled.logprobs, self.scored.logprobs)
+
+    def wait_layer(self, layer: int) -> None:
+        self.team.wait_operator(self.ticket, self.stores[layer])
 
 
 class NativeCpuDevice:
     name = "cpu"
     block_size = 16
 
-    def __init__(self, threads: int, cores: Sequence[int] | None = None, kv_dtype: str = "auto"):
+    def __init__(self, threads: int, cores: Sequence[int] | None = None, kv_dtype: str = "auto", rank: Rank = ALONE):
         self.threads = threads
         self.cores = cores
+        self.rank = rank
+        self.shared_end = MEETING_BYTES  # of what is taken of the ranks' memory
         self.kv_kind = "int8" if kv_dtype == "int8" else "bfloat16"
         self.memory: dict[str, mmap.mmap] = {}
         self.buffers: dict[tuple[str, Rows], Buffer] = {}
         self.program: list[cpu.Op] | None = None
         self.frames: list[Frame] = []  # the next to be used first
         self.logits = 0  # address
+        self.stores: list[int] = []
         self.cos_sin: np.ndarray | None = None
         self.team: cpu.Team | None = None
+        self.share = 100  # percent
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def weight(self, parts: Sequence[WeightPart]) -> Weight:
@@ -144,10 +197,12 @@ class NativeCpuDevice:
     def constant(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array)
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> NativeKVCache:
+    def kv_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None
+    ) -> NativeKVCache:
         assert block_size % cpu.KV_GROUP == 0, "capacity.resolve lets no other through"
         self.kv_block = block_size
-        return NativeKVCache(layers, blocks, block_size, kv_heads, head_dim, self.kv_kind)
+        return NativeKVCache(layers, blocks, block_size, kv_heads, head_dim, self.kv_kind, lender, self.rank)
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         if vocab > LARGEST_VOCABULARY:
@@ -161,22 +216,52 @@ class NativeCpuDevice:
     def buffer(self, name: str, rows: Rows, width: int) -> Buffer:
         return self.buffers.setdefault((name, rows), Buffer(name, rows, width))
 
-    def full(self, b: Buffer) -> int:
+    def full(self, b: Buffer | Shard) -> int:
+        if isinstance(b, Shard):
+            return self.full(b.whole) + 4 * b.first
         if not b.full:
-            b.full = self.scratch(f"{b.name}.full", self.most[b.rows] * b.width * 4)
+            b.full = self.room(b, "full", 4)
         return b.full
 
-    def half(self, b: Buffer) -> int:
+    def half(self, b: Buffer | Shard) -> int:
+        if isinstance(b, Shard):
+            return self.half(b.whole) + 2 * b.first
         if not b.half:
-            b.half = self.scratch(f"{b.name}.half", self.most[b.rows] * b.width * 2)
+            b.half = self.room(b, "half", 2)
         return b.half
+
+    def room(self, b: Buffer, form: str, item: int) -> int:
+        name, nbytes = f"{b.name}.{form}", self.most[b.rows] * b.width * item
+        return self.shared(name, nbytes) if b.shared else self.scratch(name, nbytes)
 
     def scratch(self, name: str, nbytes: int) -> int:
         """Anonymous memory, committed as rows are first written: most steps write few of the rows there is room for."""
         self.memory[name] = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return address_of(self.memory[name])
 
+    def shared(self, name: str, nbytes: int) -> int:
+        """The same for a buffer that every rank maps: all record the same program, so each finds it in the same place."""
+        offset, end = self.shared_end, -(-(self.shared_end + nbytes + 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Written behind the buffer's end, a byte makes the file long enough: whoever comes later doesn't shorten it.
+        os.pwrite(self.rank.memory, b"\0", end - 1)
+        self.memory[name] = mmap.mmap(self.rank.memory, end - offset, offset=offset)
+        self.shared_end = end
+        return address_of(self.memory[name])
+
+    def shard(self, out: Buffer, bounds: Sequence[int]) -> Buffer | Shard:
+        if self.rank.count == 1:
+            return out
+        out.shared = True
+        first, last = bounds[self.rank.index : self.rank.index + 2]
+        return Shard(out, first, last - first)
+
     # ---- execution --------------------------------------------------------------------------------------------------
+    def set_share(self, percent: int) -> None:
+        """Of the time of its threads: fewer of them work, and these rest between operators. A step that runs is slowed too."""
+        self.share = percent
+        if self.team is not None:
+            self.team.share(percent)
+
     def launch(self, forward: Forward, step: StepInputs) -> Launched:
         if self.program is None:
             self.record(forward)
@@ -213,7 +298,7 @@ class NativeCpuDevice:
             cos_sin=pointer(self.cos_sin),
         )
         frame.ticket = self.team.launch(frame.ops, frame.step)
-        return Launched(self.team, frame.ticket, sampled, scored)
+        return Launched(self.team, frame.ticket, sampled, scored, self.stores)
 
     def record(self, forward: Forward) -> None:
         """Run `forward` once over names instead of numbers."""
@@ -229,6 +314,7 @@ class NativeCpuDevice:
             ]
             self.frames.append(Frame((cpu.Op * (len(self.program) + 2))(*self.program, *last), sampled, scored))
         self.team = cpu.Team(self.threads, self.cores)
+        self.team.share(self.share)
 
     def close(self) -> None:
         """Wait for launched steps and end the threads."""
@@ -260,13 +346,25 @@ class NativeCpuDevice:
         f = (ctypes.c_float * 2)(eps)
         self.add(cpu.RMS_NORM, out.rows, out=self.half(out), x=self.full(x), y=added, w=weight.address, n=out.width, f=f)
 
-    def linear(self, out: Buffer, x: Buffer, weight: Weight, bias: Weight | None = None, sensitive: bool = False) -> None:
+    def all_gather(self, out: Buffer, shard: Buffer | Shard) -> None:
+        """Nothing is copied: each rank has written its columns where all read them."""
+        if self.rank.count == 1:
+            return
+        assert self.program is not None
+        if self.stores and all(op.kind != cpu.MEET for op in self.program[self.stores[-1] :]):
+            self.stores[-1] = len(self.program)  # that the other ranks have written the layer's too shows where they meet
+        if "meeting" not in self.memory:
+            self.memory["meeting"] = mmap.mmap(self.rank.memory, MEETING_BYTES)
+        self.add(cpu.MEET, out.rows, x=address_of(self.memory["meeting"]), n=self.rank.count)
+
+    def linear(self, out: Buffer | Shard, x: Buffer, weight: Weight, bias: Weight | None = None, sensitive: bool = False) -> None:
         to, added = self.full(out), bias.address if bias is not None else 0
         for part in weight.parts:
             n, k = part.shape
-            i = (cpu.WEIGHT_KINDS[part.dtype], out.width, sensitive)
+            i = (cpu.WEIGHT_KINDS[part.dtype], sensitive)
             y = 0 if part.dtype == "bfloat16" else self.quantised(k)
-            self.add(cpu.LINEAR, out.rows, out=to, x=self.half(x), y=y, w=address_of(part.data), b=added, n=n, k=k, i=i)
+            w = address_of(part.data)
+            self.add(cpu.LINEAR, out.rows, out=to, x=self.half(x), y=y, w=w, b=added, n=n, k=k, stride=out.stride, i=i)
             to += 4 * n
             added += 4 * n if added else 0
 
@@ -287,17 +385,20 @@ class NativeCpuDevice:
     ) -> None:
         assert self.cos_sin is None or self.cos_sin is cos_sin, "one rope table a model"
         self.cos_sin = cos_sin
+        assert self.program is not None
+        self.stores.append(len(self.program))
         dim = qkv.width // (heads + 2 * kv_heads)
         self.add(cpu.ROPE_STORE, qkv.rows, x=self.full(qkv), i=(heads, kv_heads, dim), **self.cache(kv))
 
     def attention(
-        self, out: Buffer, qkv: Buffer, kv: LayerKV, attention: None, heads: int, kv_heads: int, scale: float, window: int
+        self, out: Buffer | Shard, qkv: Buffer, kv: LayerKV, attention: None, heads: int, kv_heads: int, scale: float, window: int
     ) -> None:
         dim = qkv.width // (heads + 2 * kv_heads)
         f = (ctypes.c_float * 2)(scale)
         i = (heads, kv_heads, dim, window)
         self.fetch_on_the_way()
-        self.add(cpu.ATTENTION, out.rows, out=self.half(out), x=self.full(qkv), i=i, f=f, **self.cache(kv))
+        to = self.half(out)
+        self.add(cpu.ATTENTION, out.rows, out=to, x=self.full(qkv), stride=out.stride, i=i, f=f, **self.cache(kv))
 
     @staticmethod
     def cache(kv: LayerKV) -> dict[str, int]:
@@ -311,12 +412,12 @@ class NativeCpuDevice:
         linears = [(n, op) for n, op in enumerate(self.program[begin:], begin) if op.kind == cpu.LINEAR]
         total, before = sum(op.n for _, op in linears), 0
         for n, op in linears:
-            op.i[3] = len(self.program) - n
+            op.i[2] = len(self.program) - n
             op.f[0], op.f[1] = before / total, (before + op.n) / total
             before += op.n
 
-    def swiglu(self, out: Buffer, gate_up: Buffer) -> None:
-        self.add(cpu.SWIGLU, out.rows, out=self.half(out), x=self.full(gate_up), n=out.width)
+    def swiglu(self, out: Buffer | Shard, gate_up: Buffer) -> None:
+        self.add(cpu.SWIGLU, out.rows, out=self.half(out), x=self.full(gate_up), n=out.width, stride=out.stride)
 
     def take_rows(self, out: Buffer, x: Buffer, rows: None) -> None:
         self.add(cpu.TAKE_ROWS, out.rows, out=self.full(out), x=self.full(x), n=out.width)

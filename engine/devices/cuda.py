@@ -11,8 +11,10 @@ float32 means float32 here (no TF32), so that texts can be compared with the cpu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.devices import Forward, StepInputs, StepView, torch_ops
+from engine.devices.kv_pool import DevicePool
 from engine.devices.torch_device import (
     Cell,
     Frame,
@@ -33,7 +36,8 @@ from engine.devices.torch_device import (
     told_of_memory,
 )
 from engine.models import WeightPart
-from engine.types import UserError
+from engine.native.ipc import DeviceRange
+from engine.types import Memory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK_SIZE = 16
@@ -46,6 +50,7 @@ WIDTHS = (16, 32, 64, 128, 256, 512, 1024)
 # Steps whose padded K and V take more than this in a layer are not captured. Gathered and read they are three times as many bytes
 # to move: some 60 us of a large GPU's memory, about what launching a layer's operators one by one costs the host.
 CAPTURED_BYTES = 64 << 20
+MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
 
 @dataclass(slots=True)
@@ -86,7 +91,11 @@ def open_cuda(dtype: str, index: int) -> CudaDevice:
         )
         raise UserError(f"--device cuda: {why}", "device")
     if index >= count:
-        raise UserError(f"--device cuda: TE {index} needs GPU {index} and {count} can be seen; use --te {count} or less", "te")
+        raise UserError(
+            f"--device cuda: TE {index} needs GPU {index} and {count} can be seen; use --te {count} or less,"
+            " with --pd no more TEs in all",
+            "te",
+        )
     torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -103,7 +112,6 @@ class CudaDevice(StreamDevice):
             raise UserError(f"--dtype {dtype}: the cuda device has {', '.join(DTYPES)}", "dtype")
         super().__init__(api, where, DTYPES[dtype], torch.float64)
         self.graphs = graphs
-        self.cache: SlabKVCache | None = None
         self.seen: set[tuple[int, int]] = set()  # shapes of decode steps that ran
         self.captured: dict[tuple[int, int], Captured] = {}
         self.pool: Any = None  # memory that all graphs share: one runs at a time
@@ -119,7 +127,11 @@ class CudaDevice(StreamDevice):
     def constant(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.where)
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> SlabKVCache:
+    def kv_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None
+    ) -> SlabKVCache:
+        if lender is not None:
+            raise UserError("--pd semi: two workers share a KV pool on --device cpu so far", "pd")
         # One block more, which is nobody's: padding writes there.
         shape = (layers, 2, blocks + 1, block_size, kv_heads, head_dim)
         nbytes = int(np.prod(shape)) * self.dtype.itemsize
@@ -128,13 +140,28 @@ class CudaDevice(StreamDevice):
             "kv_cache_memory_bytes",
         ):
             # Zeros: attention multiplies what a masked key holds by a weight of 0, and 0 times a leftover NaN is NaN.
-            self.cache = SlabKVCache(torch.zeros(shape, dtype=self.dtype, device=self.where), blocks)
+            slab = torch.zeros(shape, dtype=self.dtype, device=self.where)
+        at = DeviceRange(self.name, self.where.index or 0, slab.data_ptr(), nbytes)
+        self.cache = SlabKVCache(slab, blocks, DevicePool(at) if self.rank.count == 1 else None)
         return self.cache
 
     def table_width(self) -> int:
         return WIDTHS[-1]
 
     # ---- steps ------------------------------------------------------------------------------------------------------
+    def set_share(self, percent: int) -> None:
+        """MPS gives a process its part of the GPU when it starts and never another, so this only tells whether it has that."""
+        given = os.environ.get(MPS_SHARE, "100")
+        if given != str(percent):
+            raise UserError(
+                f"a share of {percent} percent of the GPU: this TE started with {given}, and a living process can't get another;"
+                f" start it with {MPS_SHARE}={percent}, under nvidia-cuda-mps-control"
+            )
+        if percent < 100 and not (Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").exists():
+            raise UserError(
+                f"a share of {percent} percent of the GPU needs MPS, and its daemon isn't there: start nvidia-cuda-mps-control -d"
+            )
+
     def describe(self, step: StepInputs, frame: Frame) -> Described:
         shape = self.shape_of(step) if self.graphs else None
         if shape is None:
@@ -232,6 +259,7 @@ class CudaDevice(StreamDevice):
         v = packed[:, (heads + kv_heads) * dim :].unflatten(1, (-1, dim))
         keys.index_copy_(0, slots, turned[:, heads:])
         values.index_copy_(0, slots, v)
+        self.stored()
         qkv.parts = turned[:, :heads], turned[:, heads:], v  # where attention takes the queries from
 
     def attention(

@@ -24,6 +24,7 @@ import torch_npu
 from torch import Tensor
 
 from engine.devices import Forward, StepInputs, StepView, torch_ops
+from engine.devices.kv_pool import PAGE, DevicePool
 from engine.devices.torch_device import (
     BUCKETS,
     Cell,
@@ -38,7 +39,8 @@ from engine.devices.torch_device import (
     told_of_memory,
 )
 from engine.models import WeightPart
-from engine.types import UserError
+from engine.native.ipc import DeviceRange
+from engine.types import Memory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK_SIZE = 128
@@ -117,7 +119,8 @@ class NpuDevice(StreamDevice):
             visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
             told = f" (ASCEND_RT_VISIBLE_DEVICES={visible})" if visible else ""
             raise UserError(
-                f"--device npu: TE {index} needs NPU {index} and {count} can be seen{told}; use --te {max(count, 1)} or less"
+                f"--device npu: TE {index} needs NPU {index} and {count} can be seen{told}; use --te {max(count, 1)} or less,"
+                " with --pd no more TEs in all"
                 if count
                 else f"--device npu: no NPU can be seen{told}; ask `npu-smi info`, or use --device cpu",
                 "te" if count else "device",
@@ -128,7 +131,6 @@ class NpuDevice(StreamDevice):
         self.fused = self.dtype != torch.float32
         self.graphs = graphs and self.fused
         self.mask = torch.ones((MASK_SIZE, MASK_SIZE), dtype=torch.bool).triu(1).to(torch.int8).to(self.where)
-        self.cache: SlabKVCache | None = None
         self.seen: set[tuple[int, int]] = set()  # keys of decode steps that ran
         self.captured: dict[tuple[int, int], list[Captured]] = {}  # two, the next to be used first
         self.capturing: list[Task] | None = None
@@ -164,21 +166,45 @@ class NpuDevice(StreamDevice):
     def constant(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.where)
 
-    def kv_cache(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int) -> SlabKVCache:
+    def kv_cache(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None
+    ) -> SlabKVCache:
+        if lender is not None:
+            raise UserError("--pd semi: two workers share a KV pool on --device cpu so far", "pd")
         shape = (layers, 2, blocks + PADDING_BLOCKS, block_size, kv_heads, head_dim)
         nbytes = int(np.prod(shape)) * self.dtype.itemsize
-        free = self.free_bytes()
+        span = -(-nbytes // PAGE) * PAGE  # exported whole; torch's allocator promises no such alignment
+        free = max(self.free_bytes() - 2 * PAGE, 0)
         each = nbytes // shape[2]
         with told_of_memory(
             f"--kv-cache-memory-bytes: a KV cache of {nbytes} bytes does not fit the {free} bytes that the NPU has free;"
             f" {max(free // each - PADDING_BLOCKS, 0) * each} would",
             "kv_cache_memory_bytes",
         ):
+            memory = torch.empty((span + PAGE) // self.dtype.itemsize, dtype=self.dtype, device=self.where)
+            memory = memory[-memory.data_ptr() % PAGE // self.dtype.itemsize :]
             # Zeros: attention multiplies what a masked key holds by a weight of 0, and 0 times a leftover NaN is NaN.
-            self.cache = SlabKVCache(torch.zeros(shape, dtype=self.dtype, device=self.where), blocks)
+            slab = memory[: nbytes // self.dtype.itemsize].view(shape).zero_()
+        at = DeviceRange(self.name, self.where.index, memory.data_ptr(), span)
+        self.cache = SlabKVCache(slab, blocks, DevicePool(at) if self.rank.count == 1 else None)
         return self.cache
 
     # ---- steps ------------------------------------------------------------------------------------------------------
+    def set_share(self, percent: int) -> None:
+        """Of the cores that operators of this stream are divided among. A captured step keeps the cores it was captured with: the
+        next of each shape is captured anew."""
+        has = torch.npu.get_device_properties(self.where)
+        cube, vector = (max(1, cores * percent // 100) for cores in (has.cube_core_num, has.vector_core_num))
+        try:
+            torch.npu.set_stream_limit(torch.npu.current_stream(), cube, vector)
+        except RuntimeError as e:
+            raise UserError(
+                f"a share of {percent} percent of the NPU: its CANN can't limit a stream's cores"
+                f" ({str(e).splitlines()[0]}); it takes a newer one, or no shares"
+            ) from None
+        self.close()  # waits for launched steps: no graph may go while it runs
+        self.captured.clear()
+
     def describe(self, step: StepInputs, frame: Frame) -> Described:
         self.frame = frame
         key = self.key(step) if self.graphs else None
@@ -230,7 +256,8 @@ class NpuDevice(StreamDevice):
         cells, self.cells = self.cells, {}  # what eager steps name must not keep, nor be kept by, the graph's memory
         self.capturing = []
         try:
-            with torch.npu.graph(graph, pool=self.pool):
+            # DistFlow's thread may go on using the NPU meanwhile.
+            with torch.npu.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = super().compute(forward, described[:3])
             return Captured(graph, logits, self.capturing, self.cells)
         finally:
@@ -326,6 +353,7 @@ class NpuDevice(StreamDevice):
         q, k = (torch_npu.npu_rotary_mul(x[None], *turn)[0] for x in (q, k))
         qkv.parts = q, k, v
         torch_npu.npu_scatter_pa_kv_cache(k, v, *kv, kv_slots, cache_mode="Norm")
+        self.stored()
 
     def attention(
         self,

@@ -15,15 +15,19 @@ import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from engine.devices import Forward, Logprobs, StepInputs, StepOutput, StepView
+from engine.devices import ALONE, Forward, Logprobs, Rank, StepInputs, StepOutput, StepView
+from engine.devices.kv_pool import DevicePool
 from engine.devices.torch_sampler import Asked, Sampler, in_order, measure, spread
-from engine.types import OutOfMemory
+from engine.types import KVLayout, OutOfMemory
 
 # Sequences of a captured decode step. Between two of them at most a third of the rows is padding.
 BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -45,6 +49,16 @@ class Cell:
 
     def set(self, value: Tensor) -> None:
         self.value, self.parts = value, None
+
+
+class Share(Cell):
+    """What one rank gives of a buffer: columns."""
+
+    __slots__ = ("widths",)
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths  # of each rank's
 
 
 class Frame:
@@ -112,6 +126,7 @@ class Launched:
     scores: bool = False
     output: StepOutput | None = None
     error: Exception | None = None
+    layers: list[Any] = field(default_factory=list)  # events behind each layer's K and V, where somebody may wait for them
 
     def result(self) -> StepOutput:
         self.collect()
@@ -119,6 +134,14 @@ class Launched:
             raise self.error
         assert self.output is not None
         return self.output
+
+    def wait_layer(self, layer: int) -> None:
+        if self.output is None and self.error is None:  # else it is over, and the frame another step's
+            device = self.frame.device
+            device.api.set_device(device.where)  # this thread may not have used it yet
+            (self.layers[layer] if self.layers else self.frame.event).synchronize()
+        if self.error is not None:
+            raise self.error
 
     def collect(self) -> None:
         """Wait for the step, without the interpreter lock, and copy its answers."""
@@ -165,7 +188,10 @@ class StreamDevice:
         self.wide = wide  # of sums that must be finer than float32, where there is one
         self.cells: dict[str, Cell] = {}
         self.turns: dict[int, Any] = {}  # this step's rows of each rope table
+        self.rank = ALONE
         self.frames: deque[Frame] = deque()
+        self.cache: SlabKVCache | None = None
+        self.layers: list[Any] | None = None  # `Launched.layers` of the step being launched, where that is wanted
 
     def configure(self, *, vocab: int, slots: int, tokens: int) -> None:
         self.sampler = Sampler(vocab, slots, self.where, self.wide)
@@ -182,9 +208,21 @@ class StreamDevice:
     def buffer(self, name: str, rows: int, width: int) -> Cell:
         return self.cells.setdefault(name, Cell())
 
+    def join(self, rank: Rank, backend: str) -> None:
+        """Compute as one of several ranks, each on a device of its own; `backend`: which collectives they have. Returns when all
+        have come."""
+        store = dist.FileStore(f"/proc/self/fd/{rank.memory}", rank.count)
+        dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count)
+        self.rank = rank
+
     def free_bytes(self) -> int:
-        """Bytes of the device's memory that nobody has."""
-        return self.api.mem_get_info(self.where)[0]
+        """Bytes of the device's memory that nobody has; of several ranks' devices, of that with the least."""
+        free = self.api.mem_get_info(self.where)[0]
+        if self.rank.count > 1:
+            least = torch.tensor([free], device=self.where)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            free = int(least)
+        return free
 
     def close(self) -> None:
         """Wait for launched steps."""
@@ -216,6 +254,9 @@ class StreamDevice:
         logprob_rows = frame.add(with_logprobs) if len(with_logprobs) else None
         score_ids = frame.add(step.score_ids.astype(np.int64)) if len(step.score_ids) else None
         frame.send()
+        # Decodes are never carried while they are computed, and nothing is where nobody has been shown the cache.
+        followed = len(step.ids) > len(step.kv_len) and self.cache is not None and self.cache.shown
+        self.layers = launched.layers if followed else None
         logits = self.compute(forward, described)
         count = launched.rows = len(sampling.slot)
         answers: list[Tensor] = []
@@ -263,12 +304,33 @@ class StreamDevice:
         view.ids = self.sampler.resolve(ids, feed)
         return forward(self, view).value
 
+    def stored(self) -> None:
+        """Called by a device behind the operator that writes a layer's keys and values."""
+        if self.layers is not None:
+            event = self.api.Event()
+            event.record()
+            self.layers.append(event)
+
     # ---- operators that plain torch has -----------------------------------------------------------------------------
     def embed(self, out: Cell, table: Tensor, ids: Tensor) -> None:
         out.set(torch.index_select(table, 0, ids))
 
     def take_rows(self, out: Cell, x: Cell, rows: Tensor) -> None:
         out.set(torch.index_select(x.value, 0, rows))
+
+    def shard(self, out: Cell, bounds: Sequence[int]) -> Cell:
+        return out if self.rank.count == 1 else Share([last - first for first, last in pairwise(bounds)])
+
+    def all_gather(self, out: Cell, shard: Cell) -> None:
+        if not isinstance(shard, Share):
+            return
+        own, widths = shard.value, shard.widths
+        rows, most = own.shape[0], max(widths)  # collectives want equal parts
+        every = own.new_empty((len(widths) * rows, most))
+        if rows:
+            dist.all_gather_into_tensor(every, F.pad(own, (0, most - own.shape[1])).contiguous())
+        parts = every.view(len(widths), rows, most)
+        out.set(torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1))
 
     def heads(self, qkv: Cell, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of packed rows, each contiguous: [T, heads, head_dim]."""
@@ -290,14 +352,34 @@ def over(data: memoryview, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
+def rows_layout(shape: tuple[int, ...], dtype: torch.dtype, blocks: int) -> KVLayout:
+    """Of keys and values in rows, [layers, 2, blocks, block_size, kv_heads, head_dim], of which sequences use the first `blocks`.
+    Tokens come before heads, so a block's heads can't be told apart: one head, of all bytes."""
+    layers, parts, held, block_size, kv_heads, head_dim = shape
+    block = block_size * kv_heads * head_dim * dtype.itemsize  # K or V of one layer
+    return KVLayout(
+        format=f"rows-{dtype}-{kv_heads}-{head_dim}".replace("torch.", ""),
+        layers=layers,
+        layer_stride=parts * held * block,
+        parts=parts,
+        part_stride=held * block,
+        units=blocks,
+        unit_stride=block,
+        unit_tokens=block_size,
+        heads=1,
+        head_bytes=block,
+    )
+
+
 class SlabKVCache:
     """K and V of every layer in one slab: [layers, 2, blocks, block_size, kv_heads, head_dim]. Behind the blocks that sequences
     use lie some that are nobody's: padding writes there."""
 
-    lazy = False
-
-    def __init__(self, slab: Tensor, blocks: int):
+    def __init__(self, slab: Tensor, blocks: int, pool: DevicePool | None):
+        """`pool`: the slab's memory as other processes may reach it; None where it is only a part of the TE's cache."""
         self.slab = slab
+        self.pool = pool
+        self.layout = None if pool is None else rows_layout(tuple(slab.shape), slab.dtype, blocks)
         self.blocks = blocks
         self.block_size = slab.shape[3]
         self.block_bytes = 2 * slab[0, 0, 0].numel() * slab.element_size()  # K and V of one block in one layer
@@ -306,6 +388,14 @@ class SlabKVCache:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         return self.layers[index]
+
+    @property
+    def shown(self) -> bool:
+        """Other processes have been told where it is."""
+        return self.pool is not None and self.pool.exported is not None
+
+    def commit(self, blocks: int) -> None:
+        """All of it is there from the start."""
 
 
 @contextlib.contextmanager

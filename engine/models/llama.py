@@ -3,6 +3,10 @@
 One shape serves them all: a stack of layers, each attention (grouped queries, rotary positions) and a gated MLP, each
 after an RMS norm and added to the residual. What differs is data: biases, norms of query and key heads (Qwen3),
 windows, rope scaling, tied embeddings.
+
+Several ranks share a model by columns of outputs: each multiplies with its own rows of every matrix, has heads of its own, and
+what a whole matrix reads next is gathered from all of them. No sum is split, so one rank or many give the same bits. Norms
+cost less than gathering them and are computed by every rank.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.devices import Device, KVCache, StepView, Tensor
-from engine.models import WeightSpec
+from engine.models import PANEL_ROWS, WeightPart, WeightSpec, bounds, take_rows
 from engine.models.rope import Rope
 from engine.types import UserError
 
@@ -48,9 +52,10 @@ class Layer:
 
 
 class Model:
-    """A model of the family, as `config` (config.json's content) describes it. Raises `UserError` for what we don't have."""
+    """A model of the family, as `config` (config.json's content) describes it and rank `rank` of `ranks` computes it. Raises
+    `UserError` for what we don't have."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], rank: int = 0, ranks: int = 1):
         architecture = next(name for name in config["architectures"] if name in DEFAULT_POSITIONS)
         self.hidden = number(config, "hidden_size")
         self.layers = number(config, "num_hidden_layers")
@@ -81,6 +86,13 @@ class Model:
                 f"config.json: num_attention_heads {self.heads} is no multiple of num_key_value_heads {self.kv_heads}",
                 "model",
             )
+        self.rank, self.ranks = rank, ranks
+        self.own_heads, self.own_kv_heads = self.heads // ranks, self.kv_heads // ranks
+        # Columns of each gathered buffer, by rank.
+        self.by_head = bounds(self.heads * self.head_dim, self.head_dim, ranks)
+        self.by_hidden, self.by_intermediate, self.by_vocab = (
+            bounds(width, PANEL_ROWS, ranks) for width in (self.hidden, self.intermediate, self.vocab)
+        )
 
     # ---- weights ----------------------------------------------------------------------------------------------------
     def weights(self) -> list[WeightSpec]:
@@ -121,6 +133,29 @@ class Model:
             add("lm_head", ["lm_head"], self.vocab, self.hidden, False)
         return specs
 
+    def own(self, weights: dict[str, list[WeightPart]]) -> dict[str, list[WeightPart]]:
+        """What this rank multiplies with; whole where every rank computes the same (norms) or looks rows up (the embedding)."""
+        if self.ranks == 1:
+            return weights
+        if self.tied:
+            weights = weights | {"lm_head": [part._replace(kind="matrix") for part in weights["embed"]]}
+        return {name: take_rows(parts, rows) if (rows := self.own_rows(name)) else parts for name, parts in weights.items()}
+
+    def own_rows(self, name: str) -> list[tuple[int, int]]:
+        """Rows of a packed tensor, as ranges; none: all of it."""
+        here = slice(self.rank, self.rank + 2)
+        q, kv = self.heads * self.head_dim, self.own_kv_heads * self.head_dim
+        keys, values = q + self.rank * kv, q + (self.ranks + self.rank) * kv
+        (q0, q1), (hidden0, hidden1) = self.by_head[here], self.by_hidden[here]
+        (gate0, gate1), (vocab0, vocab1) = self.by_intermediate[here], self.by_vocab[here]
+        return {
+            "qkv": [(q0, q1), (keys, keys + kv), (values, values + kv)],
+            "o": [(hidden0, hidden1)],
+            "gate_up": [(gate0, gate1), (self.intermediate + gate0, self.intermediate + gate1)],
+            "down": [(hidden0, hidden1)],
+            "lm_head": [(vocab0, vocab1)],
+        }.get(name.rpartition(".")[2].removesuffix("_bias"), [])
+
     def bind(self, device: Device, weights: dict[str, Tensor], max_len: int) -> None:
         """Keep the weights and build the rope table for `max_len` positions."""
 
@@ -130,20 +165,23 @@ class Model:
 
         self.stack = [layer(i) for i in range(self.layers)]
         self.embed, self.final_norm = weights["embed"], weights["final_norm"]
-        self.head = self.embed if self.tied else weights["lm_head"]
+        self.head = weights.get("lm_head", self.embed)
         self.cos_sin = device.constant(np.ascontiguousarray(self.rope.table(max_len)))
 
     # ---- a step -----------------------------------------------------------------------------------------------------
     def forward(self, device: Device, step: StepView, kv: KVCache) -> Tensor:
         """Logits [sampled rows, vocabulary] of a step, its keys and values written to `kv`."""
-        t, heads, kv_heads, dim = step.tokens, self.heads, self.kv_heads, self.head_dim
+        t, heads, kv_heads, dim = step.tokens, self.own_heads, self.own_kv_heads, self.head_dim
         residual = device.buffer("residual", t, self.hidden)
         normed = device.buffer("normed", t, self.hidden)
         delta = device.buffer("delta", t, self.hidden)  # what the next norm adds to the residual
         qkv = device.buffer("qkv", t, (heads + 2 * kv_heads) * dim)
-        attended = device.buffer("attended", t, heads * dim)
-        gate_up = device.buffer("gate_up", t, 2 * self.intermediate)
+        attended = device.buffer("attended", t, self.heads * dim)
         gated = device.buffer("gated", t, self.intermediate)
+        own_attended = device.shard(attended, self.by_head)
+        own_delta = device.shard(delta, self.by_hidden)
+        own_gated = device.shard(gated, self.by_intermediate)
+        gate_up = device.buffer("gate_up", t, 2 * (self.by_intermediate[self.rank + 1] - self.by_intermediate[self.rank]))
         scale = dim**-0.5
 
         device.embed(residual, self.embed, step.ids)
@@ -157,12 +195,16 @@ class Model:
             if self.qk_norm:
                 device.head_norm(qkv, layer.q_norm, layer.k_norm, heads, kv_heads, self.eps)
             device.rope_store(qkv, step.positions, self.cos_sin, cache, step.kv_slots, heads, kv_heads)
-            device.attention(attended, qkv, cache, step.attention, heads, kv_heads, scale, layer.window)
-            device.linear(delta, attended, layer.o, layer.o_bias)
+            device.attention(own_attended, qkv, cache, step.attention, heads, kv_heads, scale, layer.window)
+            device.all_gather(attended, own_attended)
+            device.linear(own_delta, attended, layer.o, layer.o_bias)
+            device.all_gather(delta, own_delta)
             device.add_rms_norm(normed, residual, delta, layer.mlp_norm, self.eps)
             device.linear(gate_up, normed, layer.gate_up, layer.gate_up_bias)
-            device.swiglu(gated, gate_up)
-            device.linear(delta, gated, layer.down, layer.down_bias)
+            device.swiglu(own_gated, gate_up)
+            device.all_gather(gated, own_gated)
+            device.linear(own_delta, gated, layer.down, layer.down_bias)
+            device.all_gather(delta, own_delta)
 
         # Only rows that are sampled or scored go through the last norm and the head, the largest matrix of a small model.
         r = step.sampled
@@ -173,7 +215,9 @@ class Model:
         device.take_rows(last, residual, step.rows)
         device.take_rows(last_delta, delta, step.rows)
         device.add_rms_norm(last_normed, last, last_delta, self.final_norm, self.eps)
-        device.linear(logits, last_normed, self.head, sensitive=True)
+        own_logits = device.shard(logits, self.by_vocab)
+        device.linear(own_logits, last_normed, self.head, sensitive=True)
+        device.all_gather(logits, own_logits)
         return logits
 
 

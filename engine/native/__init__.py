@@ -23,7 +23,7 @@ from typing import Any
 from engine.types import UserError
 
 HERE = Path(__file__).parent
-SOURCES = ("ring.c", "fork.c")
+SOURCES = ("ring.c", "fork.c", "ipc.c")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -45,6 +45,7 @@ QUICK: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_ring_pop": (c_int, None),
     "ds_ring_sleep": (c_int, None),
     "ds_ring_wake": (None, None),
+    "ds_ring_rouse": (None, [c_void_p]),
     "ds_watch": (c_int, [c_int]),
     "ds_set_name": (None, [c_char_p]),
     "ds_map_slab": (c_int, [c_int, c_uint64, c_int, POINTER(c_void_p)]),
@@ -55,6 +56,15 @@ SLOW: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_ring_wait": (c_int, [c_void_p, c_int64]),
     "ds_checksum": (c_uint64, [c_void_p, c_uint64]),
     "ds_collapse_slab": (c_uint64, [c_void_p, c_uint64]),
+    "ds_copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
+    "ds_ipc_error": (c_char_p, []),
+    "ds_ipc_export": (c_int, [c_char_p, c_int, c_void_p, c_uint64, c_char_p]),
+    "ds_ipc_open": (c_int, [c_char_p, c_int, c_char_p, POINTER(c_void_p)]),
+    "ds_ipc_close": (c_int, [c_char_p, c_int, c_char_p, c_void_p]),
+    "ds_ipc_copy": (
+        c_int64,
+        [c_char_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64],
+    ),
 }
 
 
@@ -75,6 +85,7 @@ class Library:
     ring_pop: Callable[[c_void_p | None, int, int, bool], int]
     ring_sleep: Callable[[c_void_p], int]
     ring_wake: Callable[[c_void_p], None]
+    ring_rouse: Callable[[c_void_p], None]
     ring_wait: Callable[[c_void_p | None, int], int]
     watch: Callable[[int], int]
     set_name: Callable[[bytes], None]
@@ -82,6 +93,12 @@ class Library:
     unmap_slab: Callable[[int, int], None]
     checksum: Callable[[int, int], int]
     collapse_slab: Callable[[int, int], int]
+    copy: Callable[[int, int, int, int, int, int, int, int], int]
+    ipc_error: Callable[[], bytes]
+    ipc_export: Callable[[bytes, int, int, int, Any], int]
+    ipc_open: Callable[..., int]
+    ipc_close: Callable[[bytes, int, bytes, int], int]
+    ipc_copy: Callable[[bytes, int, int, int, int, int, int, int, int, int, int], int]
 
     def __init__(self, path: Path):
         self.path = path
@@ -198,8 +215,7 @@ def set_process_name(name: str) -> None:
 
 
 def map_slab(fd: int, nbytes: int, writable: bool = False) -> memoryview:
-    """All `nbytes` of a memfd, a multiple of 2 MiB, mapped until the last view of it is gone. Writable: it has nothing in it so
-    far, and is made of huge pages where the system can. Raises `OSError`."""
+    """All `nbytes` of a memfd, a multiple of 2 MiB, mapped until the last view of it is gone. Raises `OSError`."""
     if not nbytes:
         return memoryview(b"")
     helper, at = load(), c_void_p()
@@ -207,12 +223,17 @@ def map_slab(fd: int, nbytes: int, writable: bool = False) -> memoryview:
     if code:
         raise OSError(-code, os.strerror(-code), f"mapping a slab of {nbytes} bytes")
     assert at.value
-    if writable:
-        helper.collapse_slab(at.value, nbytes)
     memory = (ctypes.c_char * nbytes).from_address(at.value)
     weakref.finalize(memory, helper.unmap_slab, at.value, nbytes).atexit = False  # views may outlive the interpreter's end
     view = memoryview(memory).cast("B")
     return view if writable else view.toreadonly()
+
+
+def collapse_slab(slab: memoryview, start: int, stop: int) -> int:
+    """Have bytes `start` to `stop`, multiples of 2 MiB, of a slab mapped writable in memory, in huge pages where the system can:
+    how many bytes are. What is written there stays."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(slab, start))
+    return load().collapse_slab(at, stop - start)
 
 
 def checksum(buffer: Any) -> int:

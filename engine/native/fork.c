@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- the end of the control process -------------------------------------------------------------------------------- */
@@ -67,14 +68,14 @@ int ds_map_slab(int fd, uint64_t bytes, int writable, void **out) {
 
 void ds_unmap_slab(void *slab, uint64_t bytes) { munmap(slab, bytes); }
 
-/* Makes the slab, mapped writable and not written so far, of huge pages: a few hundred MB of weights are read with that many fewer
- * misses of address translation. MADV_COLLAPSE does that whatever the system's setting for shared memory is (few have it on), and
- * costs no more than faulting small pages in. A page must have been touched. Returns the bytes that are huge now: where the kernel
- * doesn't know it or finds no memory in one piece, small pages serve. */
+/* Makes a part of a slab, mapped writable, of huge pages: a few hundred MB of weights are read with that many fewer misses of
+ * address translation. MADV_COLLAPSE does that whatever the system's setting for shared memory is (few have it on), and costs no
+ * more than faulting small pages in. A page must have been touched; what is in it stays. Returns the bytes that are huge now: where
+ * the kernel doesn't know it or finds no memory in one piece, small pages serve. */
 uint64_t ds_collapse_slab(void *slab, uint64_t bytes) {
     uint64_t done = 0;
     for (char *at = slab, *end = at + bytes; at < end; at += HUGE_PAGE) {
-        *(volatile char *)at = 0;
+        __atomic_fetch_or(at, 0, __ATOMIC_RELAXED); /* a write that changes nothing, also beside others' */
         if (madvise(at, HUGE_PAGE, MADV_COLLAPSE) == 0) done += HUGE_PAGE;
         else if (errno == EINVAL) break;
     }
@@ -120,4 +121,33 @@ uint64_t ds_checksum(const uint8_t *p, uint64_t length) {
     h = (h ^ h >> 33) * P2;
     h = (h ^ h >> 29) * P3;
     return h ^ h >> 32;
+}
+
+/* ---- copies -------------------------------------------------------------------------------------------------------- */
+
+#define COPY_PIECE ((int64_t)256 << 10) /* some tens of microseconds: how late a stop or the deadline is noticed */
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* Copies `n` runs of `bytes[i]` from `from + from_at[i]` to `to + to_at[i]`, in that order, until all are copied, `*stop` isn't 0
+ * or CLOCK_MONOTONIC has reached `deadline` (ns; 0: none). Returns the bytes copied. Plain stores: who receives a block reads it
+ * next, so what the caches can hold of it should stay there. */
+int64_t ds_copy(char *to, const char *from, const int64_t *to_at, const int64_t *from_at, const int64_t *bytes, int64_t n,
+                const int32_t *stop, int64_t deadline) {
+    int64_t done = 0, unchecked = COPY_PIECE;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t at = 0, piece; at < bytes[i]; at += piece) {
+            if (unchecked >= COPY_PIECE) {
+                if (__atomic_load_n(stop, __ATOMIC_RELAXED) || (deadline && now_ns() >= deadline)) return done;
+                unchecked = 0;
+            }
+            piece = bytes[i] - at < COPY_PIECE - unchecked ? bytes[i] - at : COPY_PIECE - unchecked;
+            memmove(to + to_at[i] + at, from + from_at[i] + at, (size_t)piece);
+            unchecked += piece, done += piece;
+        }
+    return done;
 }

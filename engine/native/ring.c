@@ -85,6 +85,7 @@ typedef struct {
     uint64_t size;
     int32_t *ends;
     int most;
+    atomic_int roused; /* set by ds_ring_rouse, cleared by the wait that it ends */
 } end;
 
 static uint64_t padded(uint64_t length) { return (4 + length + 7) & ~7ull; }
@@ -268,6 +269,7 @@ int ds_ring_pop(void *handle, int most, int enough, int fresh) {
 /* What this end sleeps for: a record to read, or room for any record. A corrupt index counts, and for the sender a peer
  * that has closed: its next call reports it. */
 static int ready(const end *e) {
+    if (atomic_load_explicit(&e->roused, memory_order_relaxed)) return 1; /* ordered by the fence in announce */
     if (!e->sends) return atomic_load_explicit(&e->ring->head, memory_order_acquire) != e->mine;
     uint64_t used = e->mine - atomic_load_explicit(&e->ring->tail, memory_order_acquire);
     return used <= e->capacity / 2 || used > e->capacity || ds_ring_peer_closed((void *)e);
@@ -297,7 +299,10 @@ void ds_ring_wake(void *handle) {
 int ds_ring_wait(void *handle, int64_t timeout_ns) {
     end *e = handle;
     if (!e) return CLOSED;
-    if (ready(e) || !announce(e, BLOCKED)) return 1;
+    if (ready(e) || !announce(e, BLOCKED)) {
+        atomic_store(&e->roused, 0);
+        return 1;
+    }
     int interrupted = 0;
     if (!ds_ring_peer_closed(e)) {
         struct timespec limit = {timeout_ns / 1000000000, timeout_ns % 1000000000};
@@ -306,6 +311,14 @@ int ds_ring_wait(void *handle, int64_t timeout_ns) {
     }
     atomic_store_explicit(&e->me->waits, AWAKE, memory_order_relaxed);
     int closed = ds_ring_peer_closed(e); /* first: what was sent before closing counts */
-    if (ready(e)) return 1;
+    if (atomic_exchange(&e->roused, 0) || ready(e)) return 1;
     return closed ? GONE : interrupted ? INTERRUPTED : 0;
+}
+
+/* From another thread of the process: ends the wait of this end's owner, or its next one. */
+void ds_ring_rouse(void *handle) {
+    end *e = handle;
+    atomic_store(&e->roused, 1);
+    atomic_store(&e->me->waits, AWAKE); /* a wait that is about to begin finds another value than it announced */
+    syscall(SYS_futex, &e->me->waits, FUTEX_WAKE, 1, NULL, NULL, 0);
 }

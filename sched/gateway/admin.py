@@ -99,3 +99,10 @@ async def job(request: web.Request) -> web.Response:
 
 async def executors(request: web.Request) -> web.Response:
     return reply({"object": "list", "data": request.app[SERVICE].executors()})
+
+
+async def give_role(request: web.Request) -> web.Response:
+    asked = schema.decode(schema.GIVE_ROLE, await request.read())
+    te = request.match_info["id"]
+    number = int(te) if te.isascii() and te.isdigit() and len(te) < 10 else -1  # no TE has that
+    return reply(request.app[SERVICE].give_role(number, asked.role))

@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from engine.types import UserError
-from sched.gateway import admin, errors, openai
+from sched.gateway import admin, contexts, errors, openai
 from sched.gateway.face import Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT, VERSION
 from sched.gateway.sse import PING_INTERVAL, Handler, Heart
@@ -41,8 +41,13 @@ ROUTES = (
     web.get("/health", admin.health),
     web.get("/metrics", admin.metrics),
     web.get("/version", admin.version),
+    web.post("/v1/contexts", contexts.create),
+    web.get("/v1/contexts", contexts.every),
+    web.get("/v1/contexts/{id}", contexts.one),
+    web.delete("/v1/contexts/{id}", contexts.delete),
     web.get("/v1/jobs/{id}", admin.job),
     web.get("/v1/admin/te", admin.executors),
+    web.post("/v1/admin/te/{id}/role", admin.give_role),
 )
 
 

@@ -8,6 +8,7 @@ import orjson
 from aiohttp import web
 
 from engine.types import UserError
+from sched.contexts import UnknownContext
 from sched.stream import Overloaded, TaskFailed, Unavailable, UnknownModel
 
 LONGEST = 2000  # characters of an error message: a caller's 1 MB field name need not come back whole
@@ -58,6 +59,8 @@ def problem(error: BaseException, request: web.Request) -> Problem | None:
     match error:
         case Problem():
             return error
+        case UnknownContext():
+            return Problem(str(error), error.param, status=404, code="context_not_found")
         case UnknownModel():
             return Problem(str(error), error.param or "model", status=404, code="model_not_found")
         case UserError():

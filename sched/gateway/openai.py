@@ -10,6 +10,7 @@ import uuid
 from aiohttp import web
 
 from engine.types import SamplingParams
+from sched.contexts import Context
 from sched.gateway import errors, prompt, schema, shapes
 from sched.gateway.face import Model, Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
@@ -17,6 +18,16 @@ from sched.gateway.sse import EventStream
 from sched.stream import Submission
 
 log = logging.getLogger(__name__)
+
+
+def begun_with(request: web.Request, asked: schema.Generation, model: Model) -> Context | None:
+    """The explicit context that a request begins with. Raises `Problem`, `UnknownContext`."""
+    if asked.context_id is None:
+        return None
+    context = request.app[SERVICE].contexts.get(asked.context_id, request[TENANT])
+    if context.model != model.id:
+        raise errors.Problem(f"context_id: this context is of model {context.model}, not {model.id}", "context_id")
+    return context
 
 
 async def served(service: Service, name: str | None) -> Model:
@@ -41,8 +52,12 @@ async def chat(request: web.Request) -> web.StreamResponse:
     asked = schema.decode(schema.CHAT, await request.read())
     model = await served(request.app[SERVICE], asked.model)
     params = schema.sampling(asked, model.tokenizer.vocab_size)
-    ids = await prompt.chat_ids(model, asked.messages, asked)
-    submission = submit_form(request, id, "chat", asked, model, params, [ids])
+    context = begun_with(request, asked, model)
+    if context is None:
+        ids = await prompt.chat_ids(model, asked.messages, asked)
+    else:
+        ids = await prompt.chat_ids_after(model, context, asked)
+    submission = submit_form(request, id, "chat", asked, model, params, [ids], context)
     head = shapes.Head(id, int(time.time()), model.id, request.app[FINGERPRINT])
     return await answer(request, submission, shapes.Chat(head, model.tokenizer, params.logprobs, wants_usage(asked)), asked)
 
@@ -52,8 +67,12 @@ async def completion(request: web.Request) -> web.StreamResponse:
     asked = schema.decode(schema.COMPLETION, await request.read())
     model = await served(request.app[SERVICE], asked.model)
     params = schema.sampling(asked, model.tokenizer.vocab_size)
-    rows = await prompt.prompt_ids(model, asked)
-    submission = submit_form(request, id, "completion", asked, model, params, rows)
+    context = begun_with(request, asked, model)
+    if context is None:
+        rows = await prompt.prompt_ids(model, asked)
+    else:
+        rows = await prompt.prompt_ids_after(model, context, asked)
+    submission = submit_form(request, id, "completion", asked, model, params, rows, context)
     if params.max_tokens is None:  # not asked for: OpenAI's default, or less where the context ends sooner
         room = model.max_model_len - max(map(len, rows))
         params.max_tokens = min(max(schema.COMPLETION_TOKENS, params.min_tokens), room)
@@ -79,6 +98,7 @@ def submit_form(
     model: Model,
     params: SamplingParams,
     rows: list[list[int]],
+    context: Context | None,
 ) -> Submission:
     """The submission, once the prompts fit."""
     field = "messages" if kind == "chat" else "prompt"
@@ -91,6 +111,9 @@ def submit_form(
         kind=kind,
         salt=request[TENANT],
         priority=asked.priority or 0,
+        retain=schema.retention(asked),
+        context=context.id if context is not None else "",
+        context_tokens=len(context.ids) if context is not None else 0,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.types import SamplingParams, UserError
+from sched.contexts import Context
 from sched.gateway import schema
 from sched.gateway.errors import Problem
 from sched.gateway.face import Model
@@ -89,19 +90,29 @@ async def chat_ids(
     model: Model, messages: list[dict[str, Any]], how: schema.Chat | schema.Tokenize, add_special: bool = False
 ) -> list[int]:
     """The token ids of a conversation. Raises `Problem`."""
-    if how.add_generation_prompt and how.continue_final_message:
-        raise Problem("continue_final_message: not together with add_generation_prompt", "continue_final_message")
+    text = await chat_text(model, messages, how)
+    return await off_loop(len(text), lambda: model.tokenizer.encode(text, add_special))
+
+
+async def chat_text(
+    model: Model, messages: list[dict[str, Any]], how: schema.Chat | schema.Tokenize | schema.Context, begin: bool = True
+) -> str:
+    """A conversation as the chat template writes it; `begin`: with the beginning of a reply, unless `how` says otherwise. Raises
+    `Problem`."""
+    continued = False
+    if not isinstance(how, schema.Context):
+        if how.add_generation_prompt and how.continue_final_message:
+            raise Problem("continue_final_message: not together with add_generation_prompt", "continue_final_message")
+        continued = bool(how.continue_final_message)
+        begin = how.add_generation_prompt if how.add_generation_prompt is not None else not continued
     extra = how.chat_template_kwargs or {}
     if taken := RESERVED & extra.keys():
         name = min(taken)
         raise Problem(f"chat_template_kwargs.{name}: has a field of its own", f"chat_template_kwargs.{name}")
     turns = conversation(messages)
-    continued = bool(how.continue_final_message)
-    begin = how.add_generation_prompt if how.add_generation_prompt is not None else not continued
 
-    def render() -> list[int]:
-        text = model.tokenizer.render(turns, None, begin, continued, **extra)
-        return model.tokenizer.encode(text, add_special)
+    def render() -> str:
+        return model.tokenizer.render(turns, None, begin, continued, **extra)
 
     try:
         return await off_loop(sum(len(m["content"]) for m in turns), render)
@@ -159,3 +170,27 @@ def fit(model: Model, prompts: list[list[int]], params: SamplingParams, field: s
             )
             raise Problem(message, name, code="context_length_exceeded")
     return [array("i", ids) for ids in prompts]
+
+
+# ---- going on from an explicit context ----------------------------------------------------------------------------------
+
+
+async def chat_ids_after(model: Model, context: Context, asked: schema.Chat) -> list[int]:
+    """The token ids of a conversation that goes on from a context's messages. Raises `Problem`."""
+    if context.messages is None:
+        message = "context_id: this context was made from a prompt, and only /v1/completions can go on from it"
+        raise Problem(message, "context_id")
+    text = await chat_text(model, [*context.messages, *asked.messages], asked)
+    if not text.startswith(context.text):
+        message = "context_id: with these messages the chat template writes the context's own ones differently; send all messages"
+        raise Problem(message, "context_id")
+    rest = text[len(context.text) :]
+    return [*context.ids, *await off_loop(len(rest), lambda: model.tokenizer.encode(rest, add_special=False))]
+
+
+async def prompt_ids_after(model: Model, context: Context, asked: schema.Completion) -> list[list[int]]:
+    """The token ids of each prompt of a completion that goes on from a context. Raises `Problem`."""
+    if asked.echo:
+        raise Problem("echo: not together with context_id, whose text is not part of the prompt", "echo")
+    asked.add_special_tokens = False  # the text is in the middle of another
+    return [[*context.ids, *row] for row in await prompt_ids(model, asked)]

@@ -7,12 +7,13 @@ A null stands for a field left out, everywhere.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from engine.types import MAX_LOGPROBS, SamplingParams
+from sched.contexts import LONGEST_TTL
 from sched.gateway.errors import Problem
 
 MOST_STOPS = 16  # OpenAI takes 4; each costs a search in every delta
@@ -75,6 +76,9 @@ class Generation(Documented, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     stop: str | list[str] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None
+    cache_ttl: Annotated[float, Meta(gt=0, le=86400)] | None = None  # seconds
+    session_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    context_id: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     # the rest is SamplingParams' by the same name
     n: int | None = None
     temperature: float | None = None
@@ -122,15 +126,30 @@ class Tokenize(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+class Context(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    prompt: str | Annotated[list[int], Meta(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    ttl: Annotated[float, Meta(gt=0, le=LONGEST_TTL)] | None = None  # seconds
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class Detokenize(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     tokens: list[int]
 
 
+class GiveRole(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["colocated", "prefill", "decode"]
+
+
 CHAT = msgspec.json.Decoder(Chat)
 COMPLETION = msgspec.json.Decoder(Completion)
 TOKENIZE = msgspec.json.Decoder(Tokenize)
+CONTEXT = msgspec.json.Decoder(Context)
 DETOKENIZE = msgspec.json.Decoder(Detokenize)
+GIVE_ROLE = msgspec.json.Decoder(GiveRole)
 
 T = TypeVar("T")
 
@@ -212,6 +231,15 @@ def check_together(asked: Generation) -> None:
 def limit_field(asked: Generation) -> str:
     """The name under which the caller bounds the output."""
     return "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+
+
+# What a session's blocks are kept for with priority after each turn: how long a person may take to answer.
+SESSION_SECONDS = 300.0
+
+
+def retention(asked: Generation) -> float:
+    """Seconds for which the request's KV blocks are to be kept with priority."""
+    return max(asked.cache_ttl or 0.0, SESSION_SECONDS if asked.session_id is not None else 0.0)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

@@ -70,7 +70,12 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cached_tokens_device": usage.cached_tokens - usage.dram_tokens - usage.ssd_tokens,
+            "cached_tokens_dram": usage.dram_tokens,
+            "cached_tokens_ssd": usage.ssd_tokens,
+        },
     }
 
 

@@ -75,7 +75,9 @@ def undisturbed(server):
 
 def victim(server: Server) -> int:
     """The TE with most to do."""
-    return max((t for t in server.tes() if t["state"] == "ready"), key=lambda t: t["load"]["running"])["pid"]
+    return max((t for t in server.tes() if t["state"] == "ready"), key=lambda t: t["load"]["running"] + t["load"]["waiting"])[
+        "pid"
+    ]
 
 
 def replays(server: Server) -> float:

@@ -67,6 +67,9 @@ def test_on_the_compiled_kernels_every_text_is_the_same_however_the_work_is_cut(
     with LLM(default_model(), **settings, te=2, max_num_batched_tokens=80, enable_prefix_caching=False) as llm:
         assert answers(llm, VECTORS) == texts, "chunked, on two TEs"
         assert [answers(llm, [v])[0] for v in VECTORS[::4]] == texts[::4], "alone"
+    for how in ({"pd": "1p1d"}, {"pd": "1p1d", "kv_transfer": "request"}, {"pd": "semi"}):
+        with LLM(default_model(), **settings, **how) as llm:
+            assert answers(llm, VECTORS) == texts, f"prefill and decode apart, {how}"
     # Once a text differs in one word it goes its own way, so count first words only.
     firsts = [a[:8] == b[:8] for a, b in zip(texts, WANT, strict=True)]
     assert sum(firsts) >= alike

@@ -223,7 +223,7 @@ def test_killing_the_control_process_leaves_nothing(model):
         (["--kv-cache-memory-bytes", "9999T"], "would fit"),
         (["--prot", "1"], "--prot"),
         (["--max-num-seqs", "0"], "max-num-seqs"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3"),
     ],
 )
 def test_a_wrong_flag_ends_with_a_message_that_names_it(model, args, says):

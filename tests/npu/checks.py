@@ -48,6 +48,7 @@ def busy_stream() -> tuple[torch.npu.Stream, torch.npu.ExternalEvent]:
     stream, gate = torch.npu.Stream(), torch.npu.ExternalEvent()
     gate.record(stream)  # the plugin makes the event at its first record
     gate.reset(stream)
+    stream.synchronize()  # a record elsewhere before the reset has run would be undone by it
     gate.wait(stream)
     return stream, gate
 

@@ -3,6 +3,10 @@ environment, and by no other."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +15,13 @@ import torch_npu  # noqa: F401 - installs the dispatch mode
 from engine.devices import npu as module
 from engine.devices import torch_ops
 from engine.devices.cpu import CpuDevice
+from engine.devices.kv_pool import PAGE, KVPool
 from engine.devices.npu import PADDING_BLOCKS, NpuDevice
 from engine.devices.torch_device import BUCKETS, Cell
 from engine.devices.torch_sampler import Sampler, device_uniform, in_order, logprobs, measure
+from engine.distflow import DistFlow, Reach, Spans, block_spans, spans_between
 from engine.sampler import keys, uniform
-from engine.types import OutOfMemory, UserError
+from engine.types import OutOfMemory, Peer, UserError
 from tests import tiny
 from tests.harness import Rig, rows, setup
 from tests.npu import stub
@@ -343,6 +349,93 @@ def test_a_step_is_launched_while_the_one_before_it_runs(path):
     assert [int(p.result().ids[0]) for p in reversed(pending)] == want[::-1]
 
 
+# ---- the cache as others reach it -----------------------------------------------------------------------------------
+
+
+def test_the_cache_is_exported_whole(path):
+    """Its bounds are multiples of 2 MiB wherever torch's allocator put it, and its blocks lie where its layout says."""
+    device = npu("bfloat16")
+    small = torch.ones(3 << 20, dtype=torch.uint8, device="npu:0")  # with the cache in one segment of the allocator
+    cache = device.kv_cache(layers=3, blocks=5, block_size=128, kv_heads=2, head_dim=16)
+    at = cache.pool.whole
+    assert at.address % PAGE == at.nbytes % PAGE == 0 and at.address == cache.slab.data_ptr() and at.nbytes >= cache.nbytes
+    assert not cache.shown and cache.pool.memory is cache.pool.memory and cache.shown
+    cache.slab.copy_(torch.arange(cache.slab.numel()).view(cache.slab.shape) % 999)
+    torch.npu.synchronize()
+    found = npu("bfloat16").kv_cache(layers=3, blocks=2, block_size=128, kv_heads=2, head_dim=16)
+    with contextlib.closing(DistFlow(at, 1)) as flow:
+        here = Peer(1, cache.pool.memory, cache.layout, 128)
+        target = KVPool(found.nbytes)
+        flow._links[2] = Reach(2, target.view)
+        spans = spans_between(here, Peer(2, target.memory, found.layout, 128), [4, 1], [0, 1], layers=range(1, 3))
+        done = flow.transfer(*spans)
+        assert done.wait(30) and done.error is None
+    copied = torch.frombuffer(target.view, dtype=torch.bfloat16)[: found.slab.numel()].view(found.slab.shape)
+    assert torch.equal(copied[1:, :, :2], cache.slab[1:, :, [4, 1]].cpu()) and not copied[0].any()
+    assert small.all()
+    with pytest.raises(ValueError, match="that has 5"):  # what lies behind them is for padding
+        block_spans(cache.layout, 128, [5])
+
+
+def test_a_layer_is_there_before_its_step_is_over(path):
+    """Another thread may wait for a layer of a prefill, once others have been told of the cache."""
+    rig = Rig(path, device=npu("float32"), blocks=4)
+    table, ids = rig.table(20), list(range(20))
+    step = rig.inputs([(ids, 0, 20)], [table], [])
+    unseen = rig.launch(step)
+    assert rig.kv.pool.memory and not unseen.layers
+    later, aside = torch.npu.ExternalEvent(), torch.npu.Stream()
+    later.record(aside)
+    later.reset(aside)
+
+    def forward(device, view):
+        logits = rig.model.forward(device, view, rig.kv)
+        later.wait(torch.npu.current_stream())
+        return logits
+
+    launched = rig.device.launch(forward, step)
+    assert len(launched.layers) == rig.model.layers
+    with ThreadPoolExecutor(1) as other:
+        for layer in range(rig.model.layers):
+            other.submit(launched.wait_layer, layer).result(30)
+        assert not launched.frame.event.query()
+        held = launched.frame
+        later.record(aside)
+        launched.result()
+        for _ in range(4):  # the frame is another step's by now
+            rig.launch(step)
+        assert held.launched is not launched
+        other.submit(launched.wait_layer, 0).result(30)
+        one = rig.inputs([([*ids, 1], 20, 1)], [table], [])
+        assert not rig.launch(one).layers, "a decode is not carried while it is computed"
+        failed = rig.device.launch(lambda device, view: 1 / 0, step)
+        with pytest.raises(ZeroDivisionError):
+            other.submit(failed.wait_layer, 0).result(30)
+    rig.device.close()
+
+
+def test_copies_go_on_while_a_step_is_captured(path):
+    """DistFlow's thread uses the device whenever it likes."""
+    device = npu("captured float32")
+    rig = Rig(path, device=device, blocks=8)
+    offsets, lengths = block_spans(rig.kv.layout, 128, [0])
+    errors, over = [], threading.Event()
+
+    def copy(flow: DistFlow) -> None:
+        while not over.is_set():
+            done = flow.transfer(Spans(1, offsets, lengths), Spans(1, offsets, lengths))
+            assert done.wait(30)
+            errors.append(done.error)
+
+    with contextlib.closing(DistFlow(rig.kv.pool.whole, 1)) as flow:
+        busy = threading.Thread(target=copy, args=(flow,))
+        busy.start()
+        rig.greedy([1, 2, 3], 12)
+        over.set()
+        busy.join()
+    assert device.captured and errors and not any(errors), errors
+
+
 # ---- graphs ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +467,25 @@ def test_a_bucket_is_captured_when_it_is_used_again(path):
         rig.greedy([1, 2, 3], 2)
         assert list(device.captured) == [(1, 16)] and (stub.counters() - before).replays == replays
     assert len(device.captured[1, 16]) == 2
+
+
+def test_another_share_is_captured_anew(path, monkeypatch):
+    device = npu("captured float32")
+    rig = Rig(path, device=device, blocks=16)
+    want = rig.greedy([1, 2, 3], 5)
+    assert device.captured
+    device.set_share(40)
+    limits = torch.npu.get_stream_limit(torch.npu.current_stream())
+    assert limits == {"cube_core_num": 9, "vector_core_num": 9}  # of 24
+    assert not device.captured and rig.greedy([1, 2, 3], 5) == want and device.captured
+
+    def absent(*_: object) -> None:
+        raise RuntimeError("Failed to find function aclrtSetStreamResLimit\n[ERROR] more")
+
+    device.set_share(100)
+    monkeypatch.setattr(torch.npu, "set_stream_limit", absent)
+    with pytest.raises(UserError, match=r"60 percent of the NPU: .*limit a stream's cores \(Failed to find .*Limit\); it takes"):
+        device.set_share(60)
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 VARIABLE = "DEEPSERVE_CPU_ISA"
 
 # enum ds_kind
-KINDS = ("embed", "rms_norm", "linear", "head_norm", "rope_store", "attention", "swiglu", "take_rows", "sample", "score")
-EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE_STORE, ATTENTION, SWIGLU, TAKE_ROWS, SAMPLE, SCORE = range(len(KINDS))
+KINDS = ("embed", "rms_norm", "linear", "head_norm", "rope_store", "attention", "swiglu", "take_rows", "sample", "score", "meet")
+EMBED, RMS_NORM, LINEAR, HEAD_NORM, ROPE_STORE, ATTENTION, SWIGLU, TAKE_ROWS, SAMPLE, SCORE, MEET = range(len(KINDS))
 
 
 class Op(Structure):
@@ -58,6 +58,7 @@ class Op(Structure):
         ("b", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
+        ("stride", c_int64),
         ("i", c_int64 * 4),
         ("f", c_float * 2),
     )
@@ -90,8 +91,10 @@ FUNCTIONS = {
     "ds_cpu_select": (c_void_p, [c_char_p]),
     "ds_team_new": (c_void_p, [c_int, POINTER(c_int)]),
     "ds_team_free": (None, [c_void_p]),
+    "ds_team_share": (None, [c_void_p, c_int]),
     "ds_launch": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "ds_wait": (None, [c_void_p, c_int64]),
+    "ds_wait_operator": (None, [c_void_p, c_int64, c_int64]),
     "ds_kv_bytes": (c_int64, [c_int, c_int64]),
     "ds_group_columns": (c_int64, [c_int]),
     "ds_packed_bytes": (c_int64, [c_int, c_int64, c_int64]),
@@ -273,6 +276,19 @@ class Team:
     def wait(self, ticket: int) -> None:
         """Sleep, without the interpreter lock, until a launched program and all before it are done."""
         self._library.ds_wait(self._team, ticket)
+
+    def wait_operator(self, ticket: int, op: int) -> None:
+        """The same until operator number `op` of the program is done. One thread at a time."""
+        self._library.ds_wait_operator(self._team, ticket, op)
+
+    def share(self, percent: int) -> None:
+        """Hold the team to `percent`, 1 to 100, of its threads' time, from the next operator on: fewer of them take part, and
+        these rest between operators. Results stay the same. From any thread, also while a program runs."""
+        if not 1 <= percent <= 100:
+            raise ValueError(f"a share of {percent} percent: it must be 1 to 100")
+        if self._team is None:
+            raise RuntimeError("the team is closed")
+        self._library.ds_team_share(self._team, 10 * percent)
 
     def run(self, ops: ctypes.Array[Op], step: Step, count: int | None = None) -> None:
         """Launch and wait."""

@@ -500,7 +500,7 @@ static void attend(const ds_op *op, const ds_step *step, const Unit *u, void *sc
             F over = splat(1.0f / sum_lanes(total[h * rows + r]));
             const float *sum = sums + (h * rows + r) * padded;
             const int64_t query = u->from + r / group, head = (u->head + h) * group + r % group;
-            ds_bf16 *out = (ds_bf16 *)op->out + (query * op->i[0] + head) * dim;
+            ds_bf16 *out = (ds_bf16 *)op->out + query * (op->stride ? op->stride : op->i[0] * dim) + head * dim;
             int64_t d = 0;
             for (; d + WIDTH <= dim; d += WIDTH) store_bf16(out + d, load(sum + d) * over);
             if (d < dim) store_bf16_part(out + d, load(sum + d) * over, dim - d);

@@ -22,11 +22,10 @@ typedef uint16_t ds_bf16;  // the upper half of a float, rounded to nearest even
 enum ds_kind {
     DS_EMBED,       // out f32 [T, n] = rows `ids` of w (packed [vocabulary, n], of kind i[0], a ds_weights)
     DS_RMS_NORM,    // out bf16 [rows, n] = rms_norm(x f32 [rows, n]) * w f32 [n], eps f[0]; y f32, where given: x += y first
-    DS_LINEAR,      // out f32 [rows, n] = x bf16 [rows, k] @ w (packed, of kind i[0]) + b f32 [n] (or null); out's rows are
-                    // i[1] floats apart (0: n), so that parts of different kinds write side by side into one buffer; i[2]:
-                    // GGML's kinds take x in 16 bits instead of 8; i[3]: the attention so many operators later, or 0: its
-                    // keys and values from share f[0] of them to f[1] are asked for on the way; y: room for
-                    // quantised activations, DS_QUANT_BYTES for each value, k rounded up to DS_QUANT_COLUMNS; or null
+    DS_LINEAR,      // out f32 [rows, n] = x bf16 [rows, k] @ w (packed, of kind i[0]) + b f32 [n] (or null); i[1]: GGML's kinds
+                    // take x in 16 bits instead of 8; i[2]: the attention so many operators later, or 0: its keys and values
+                    // from share f[0] of them to f[1] are asked for on the way; y: room for quantised activations,
+                    // DS_QUANT_BYTES for each value, k rounded up to DS_QUANT_COLUMNS; or null
     DS_HEAD_NORM,   // x f32 [T, (i[0] + 2 i[1]) * i[2]]: each of i[0] query heads times w, each of i[1] key heads times y
     DS_ROPE_STORE,  // x f32 [T, (i[0] + 2 i[1]) * i[2]]: q rotated in place, k rotated and v written to caches y and b, of kind k
     DS_ATTENTION,   // out bf16 [T, i[0] * i[2]] from x (as above) and the caches y (keys) and b (values), of kind k, a ds_kv;
@@ -35,6 +34,7 @@ enum ds_kind {
     DS_TAKE_ROWS,   // out f32 [sampled, n] = rows `rows` of x f32 [T, n]
     DS_SAMPLE,      // ids (and log-probabilities) of the first rows of x f32 [rows, n], as w, a ds_sampling, asks
     DS_SCORE,       // log-probabilities of given ids of the rows of x f32 [rows, n]; w: a ds_sampling
+    DS_MEET,        // waits until all n ranks of a group have come here; x: a ds_meeting in memory that they share
     DS_KINDS,
 };
 
@@ -43,7 +43,9 @@ typedef struct ds_op {
     int32_t sampled;  // rows: 0: the step's tokens T; 1: its sampled rows
     void *out, *x, *y, *w, *b;
     int64_t n, k;
-    int64_t i[4];  // heads, kv_heads, head_dim, window; kind of weights, stride of rows, activations of 16 bits
+    int64_t stride;  // of DS_LINEAR, DS_ATTENTION and DS_SWIGLU: values from one row of `out` to the next, so that parts of it can
+                     // be written side by side; 0: none lie between
+    int64_t i[4];  // heads, kv_heads, head_dim, window; kind of weights, activations of 16 bits, attention to come
     float f[2];
 } ds_op;
 
@@ -85,6 +87,12 @@ typedef struct ds_team {
     int64_t cache;    // bytes of the last-level cache, or 0
 } ds_team;
 
+// Where the ranks of a group meet (DS_MEET): zero at first, in memory that all of them map.
+typedef struct ds_meeting {
+    uint32_t value, sleepers;  // a bell that they share, rung when all have come
+    uint32_t came;
+} ds_meeting;
+
 enum { DS_SCRATCH_BYTES = 4 << 20 };
 enum { DS_QUANT_BYTES = 4, DS_QUANT_COLUMNS = 64 };  // groups of 16 with 16 bytes of scales, twice: the most there is
 
@@ -98,5 +106,8 @@ static inline void ds_relax(void) {
 }
 
 static inline int64_t ds_take(ds_team *team) { return __atomic_fetch_add(team->next, 1, __ATOMIC_RELAXED); }
+
+// Comes to a meeting and waits until all `ranks` have.
+extern "C" void ds_meet(ds_meeting *meeting, int64_t ranks);
 
 typedef void (*ds_kernel)(const ds_op *, const ds_step *, ds_team *);

@@ -27,6 +27,6 @@ extern const ds_kernel DS_NAME(ds_kernels_, DS_ISA)[DS_KINDS];
 const ds_kernel DS_NAME(ds_kernels_, DS_ISA)[DS_KINDS] = {  // in the order of ds_kind
     DS_KERNEL(embed),      DS_KERNEL(rms_norm),  DS_KERNEL(matrix::linear), DS_KERNEL(head_norm),
     DS_KERNEL(rope_store), DS_KERNEL(attention), DS_KERNEL(swiglu),         DS_KERNEL(take_rows),
-    DS_KERNEL(sample),     DS_KERNEL(score),
+    DS_KERNEL(sample),     DS_KERNEL(score),     DS_KERNEL(meet),
 };
 }

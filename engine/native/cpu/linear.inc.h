@@ -42,8 +42,8 @@ static inline int64_t runs_of(const ds_op *to, const ds_step *step, int64_t s, i
 
 static Fetch plan_fetch(const ds_op *op, const ds_step *step, const ds_team *team) {
     Fetch f = {};
-    if (!op->i[3]) return f;
-    f.to = op + op->i[3], f.step = step;
+    if (!op->i[2]) return f;
+    f.to = op + op->i[2], f.step = step;
     f.run = f.to->i[1] * ds_kv_run(f.to->k, f.to->i[2]);
     int64_t all = 0, oldest;
     for (int64_t s = 0; s < step->sequences; s++) all += runs_of(f.to, step, s, &oldest);
@@ -471,12 +471,12 @@ static void linear(const ds_op *op, const ds_step *step, ds_team *team) {
     int64_t rows = op->sampled ? step->sampled : step->tokens;
     if (rows <= 0 || op->n <= 0) return;
     int64_t pairs = (op->k + 1) / 2, blocks = (op->n + 15) / 16, groups = (blocks + GROUP - 1) / GROUP;
-    int64_t kind = op->i[0], stride = op->i[1] ? op->i[1] : op->n, block = ds_panel_bytes(kind, op->k) / (int64_t)sizeof(ds_bf16);
+    int64_t kind = op->i[0], stride = op->stride ? op->stride : op->n, block = ds_panel_bytes(kind, op->k) / (int64_t)sizeof(ds_bf16);
     Linear l = {(const ds_bf16 *)op->w, (const float *)op->b, (float *)op->out, op->n, stride, blocks, block, pairs,
                 ds_scales_bytes(kind, op->k), nullptr};
     Fetch fetch = plan_fetch(op, step, team);
     l.fetch = &fetch;
-    const Format format = format_of(kind, op->i[2] != 0, op->k);
+    const Format format = format_of(kind, op->i[1] != 0, op->k);
     const ds_bf16 *x = (const ds_bf16 *)op->x;
 
     // Sixteen rows are one tile of AMX: a panel holds full ones, as many as scratch has room for.

@@ -235,6 +235,13 @@ static void take_rows(const ds_op *op, const ds_step *step, ds_team *team) {
         __builtin_memcpy((float *)op->out + i * op->n, (const float *)op->x + step->rows[i] * op->n, bytes);
 }
 
+// ---- ranks ---------------------------------------------------------------------------------------------------------
+
+// One member meets the other ranks; the others find nothing to take and wait for it.
+static void meet(const ds_op *op, const ds_step *, ds_team *team) {
+    if (ds_take(team) == 0) ds_meet((ds_meeting *)op->x, op->n);
+}
+
 // ---- norms ---------------------------------------------------------------------------------------------------------
 
 // 1 / sqrt(mean(x^2) + eps), four sums side by side; y, where given, is added to x first.
@@ -292,11 +299,12 @@ enum { SWIGLU_COLUMNS = 512 };  // a chunk's width: one row of a decode step is 
 
 static void swiglu(const ds_op *op, const ds_step *step, ds_team *team) {
     int64_t n = op->n, rows = rows_of(op, step), parts = (n + SWIGLU_COLUMNS - 1) / SWIGLU_COLUMNS;
+    int64_t stride = op->stride ? op->stride : n;
     DS_EACH_ROW(unit, rows * parts) {
         int64_t t = unit / parts, j = unit % parts * SWIGLU_COLUMNS;
         int64_t end = j + SWIGLU_COLUMNS < n ? j + SWIGLU_COLUMNS : n;
         const float *gate = (const float *)op->x + t * 2 * n, *up = gate + n;
-        ds_bf16 *out = (ds_bf16 *)op->out + t * n;
+        ds_bf16 *out = (ds_bf16 *)op->out + t * stride;
         for (; j + WIDTH <= end; j += WIDTH) store_bf16(out + j, silu(load(gate + j)) * load(up + j));
         if (j < end) store_bf16_part(out + j, silu(load_part(gate + j, end - j)) * load_part(up + j, end - j), end - j);
     }

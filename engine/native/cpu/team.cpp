@@ -4,8 +4,10 @@
 // nothing the caller does between two steps keeps the processor waiting. An operator is done when all of its chunks have
 // been taken and whoever took one has left it: a member that comes late, because the system let its core do
 // something else, finds nothing to take and holds nobody up. Who waits (for a program, or for the others to finish their
-// chunks) spins for SPIN_NS and then sleeps on a futex, so that an idle team takes no processor time and two teams on the
+// chunks, or for the other ranks of a group) spins for SPIN_NS and then sleeps on a futex, so that an idle team takes no processor time and two teams on the
 // same cores don't keep each other from running.
+//
+// A team can be held to a share of its threads' time: fewer members than there are take part, and these rest between operators.
 //
 // A team belongs to the process that made it: make it after the last fork. One thread at a time launches.
 #include "cpu.h"
@@ -30,11 +32,13 @@
 
 enum { SPIN_NS = 40000 };  // about what a futex takes to put a thread to sleep and wake it up, some times over
 
-static int64_t now_ns() {
+static int64_t clock_ns(clockid_t which) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(which, &t);
     return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
+
+static int64_t now_ns() { return clock_ns(CLOCK_MONOTONIC); }
 
 // A number that grows, and those who sleep until it has.
 struct alignas(64) Bell {
@@ -63,6 +67,17 @@ static void wait_for_change(Bell *bell, uint32_t seen) {
     }
 }
 
+// The same, but no longer than until `end`, as now_ns has it.
+static void sleep_at_most(Bell *bell, uint32_t seen, int64_t end) {
+    const struct timespec at = {end / 1000000000, end % 1000000000};
+    __atomic_fetch_add(&bell->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&bell->value, __ATOMIC_SEQ_CST) == seen)
+        if (syscall(SYS_futex, &bell->value, FUTEX_WAIT_BITSET_PRIVATE, seen, &at, nullptr, FUTEX_BITSET_MATCH_ANY) &&
+            errno == ETIMEDOUT)
+            break;
+    __atomic_fetch_sub(&bell->sleepers, 1, __ATOMIC_RELAXED);
+}
+
 static void wake_sleepers(Bell *bell) {
     if (__atomic_load_n(&bell->sleepers, __ATOMIC_SEQ_CST))
         syscall(SYS_futex, &bell->value, FUTEX_WAKE_PRIVATE, 0x7fffffff, nullptr, nullptr, 0);
@@ -83,6 +98,35 @@ static void ring_up_to(Bell *bell, uint32_t value) {
             wake_sleepers(bell);
             return;
         }
+}
+
+// ---- ranks -----------------------------------------------------------------------------------------------------------
+
+// The ranks' bell is in shared memory, so its futex isn't private. Ranks may have fewer cores than threads: after YIELD_NS of
+// spinning the core is offered to whoever wants it, which may be the rank that is waited for.
+enum { YIELD_NS = 4000 };
+
+extern "C" void ds_meet(ds_meeting *meeting, int64_t ranks) {
+    const uint32_t seen = __atomic_load_n(&meeting->value, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&meeting->came, 1, __ATOMIC_ACQ_REL) == (uint32_t)ranks) {
+        __atomic_store_n(&meeting->came, 0, __ATOMIC_RELAXED);  // nobody comes again before the bell
+        __atomic_fetch_add(&meeting->value, 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&meeting->sleepers, __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, &meeting->value, FUTEX_WAKE, 0x7fffffff, nullptr, nullptr, 0);
+        return;
+    }
+    const int64_t began = now_ns();
+    for (int64_t spent = 0; spent < SPIN_NS; spent = now_ns() - began) {
+        if (spent > YIELD_NS) sched_yield();
+        for (int i = 0; i < 32; i++) {
+            if (__atomic_load_n(&meeting->value, __ATOMIC_ACQUIRE) != seen) return;
+            ds_relax();
+        }
+    }
+    __atomic_fetch_add(&meeting->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&meeting->value, __ATOMIC_SEQ_CST) == seen)
+        syscall(SYS_futex, &meeting->value, FUTEX_WAIT, seen, nullptr, nullptr, 0);
+    __atomic_fetch_sub(&meeting->sleepers, 1, __ATOMIC_RELAXED);
 }
 
 // ---- the team --------------------------------------------------------------------------------------------------------
@@ -108,6 +152,10 @@ struct Member {
     int index;
     pthread_t thread;
     void *scratch;
+    // Where the team has a share of its time only; see `rest`.
+    int share;          // that the rest of this was counted for
+    int64_t counted;    // processor time that has been paid for
+    int64_t paid_until; // when all of it has been rested for
 };
 
 // Set in Crew.gate while no program may be joined; the rest of it counts the members that have joined.
@@ -120,6 +168,13 @@ struct Crew {
     Bell start;  // rung when a program has been set, and when the team ends
     Bell done;   // grows by one for each operator
     Bell left;   // rung when nobody is in the program
+    Bell watched;  // rung when `done` has come to `watch`, while somebody watches
+    uint32_t watch;
+    uint32_t watching;
+    uint32_t promised;      // what `done` will be when all that was launched is
+    uint32_t bases[QUEUE];  // what it is when a queued program begins
+    Bell over;   // rung when a program's last operator is done, and when the share changes: ends all rest
+    int share;   // permille of its threads' time that the team may take
     alignas(64) uint32_t gate;
     Program queue[QUEUE];
     alignas(64) Program program;
@@ -140,12 +195,47 @@ static void pin(int core) {
     sched_setaffinity(0, sizeof set, &set);  // a core that is not allowed: the thread stays where it may be
 }
 
+// ---- shares ----------------------------------------------------------------------------------------------------------
+
+enum { WHOLE = 1000 };  // permille
+enum { REST_NS = 1000000 };    // no rest is shorter: falling asleep and waking up cost some hundredth of it
+enum { CREDIT_NS = 5000000 };  // time not used is forgotten after so long, so that an idle team saves nothing up
+
+// How many members take part: as many as fill the share, the last of them perhaps in part.
+static int at_work(const Crew *crew, int share) { return (crew->threads * share + WHOLE - 1) / WHOLE; }
+
+// Sleeps while the member has had more processor time than its part of the share, but no longer than until `over` has been rung
+// since it was `seen`. Whether it slept. What the system gave to others meanwhile counts as rest, so a share is what a member
+// has at most of a core, and two teams that share cores with no more than all of it don't slow each other down.
+static bool rest(Crew *crew, Member *member, int share, uint32_t seen) {
+    int64_t now = now_ns(), used = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    if (member->share != share) {
+        member->share = share;
+        member->counted = used;
+        member->paid_until = now;
+    }
+    // A share of all threads, in whole members: each of those that take part has this part of its own time.
+    member->paid_until += (used - member->counted) * at_work(crew, share) * WHOLE / ((int64_t)share * crew->threads);
+    member->counted = used;
+    if (member->paid_until < now - CREDIT_NS) member->paid_until = now - CREDIT_NS;
+    if (member->paid_until < now + REST_NS) return false;
+    sleep_at_most(&crew->over, seen, member->paid_until);
+    return true;
+}
+
+// Members that have no part in the share leave the program to the others; they come back when it changes.
 static void run_program(Crew *crew, int index) {
     const Program *program = &crew->program;
     for (int64_t i = 0;;) {
+        uint32_t over = __atomic_load_n(&crew->over.value, __ATOMIC_ACQUIRE);
         uint32_t done = __atomic_load_n(&crew->done.value, __ATOMIC_ACQUIRE);
         if ((int64_t)(uint32_t)(done - program->base) > i) i = (uint32_t)(done - program->base);
         if (i >= program->count) return;
+        int share = __atomic_load_n(&crew->share, __ATOMIC_RELAXED);
+        if (share < WHOLE) {
+            if (index >= at_work(crew, share)) return;
+            if (rest(crew, &crew->members[index], share, over)) continue;  // the others have gone on
+        }
         Place *place = &crew->places[i];
         ds_team view = {index, crew->threads, &place->next, &place->ready, crew->members[index].scratch, crew->cache};
         __atomic_add_fetch(&place->inside, 1, __ATOMIC_ACQ_REL);
@@ -153,7 +243,11 @@ static void run_program(Crew *crew, int index) {
         // A kernel returns when there is nothing more to take. So the last one out knows that all is done; who enters later
         // takes nothing.
         uint32_t after = program->base + (uint32_t)++i;
-        if (__atomic_sub_fetch(&place->inside, 1, __ATOMIC_ACQ_REL) == 0) ring_up_to(&crew->done, after);
+        if (__atomic_sub_fetch(&place->inside, 1, __ATOMIC_ACQ_REL) == 0) {
+            ring_up_to(&crew->done, after);
+            if (__atomic_load_n(&crew->watching, __ATOMIC_SEQ_CST) && !before(after, crew->watch)) ring(&crew->watched);
+            if (i == program->count) ring(&crew->over);
+        }
         while (before(done = __atomic_load_n(&crew->done.value, __ATOMIC_ACQUIRE), after)) wait_for_change(&crew->done, done);
     }
 }
@@ -258,6 +352,7 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     if (!crew) return nullptr;
     memset(crew, 0, sizeof *crew);
     crew->gate = CLOSED;
+    crew->share = WHOLE;
     crew->cache = last_level_cache();
     crew->process = getpid();
     crew->members = (Member *)calloc(threads, sizeof(Member));
@@ -269,7 +364,7 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 0; i < threads && whole; i++) {
         Member *member = &crew->members[i];
-        *member = {crew, i, 0, map_scratch()};
+        member->crew = crew, member->index = i, member->scratch = map_scratch();
         whole = member->scratch && pthread_create(&member->thread, nullptr, i ? live : live_first, member) == 0;
         // Counts who must be joined. Members read it only after the first program's bell.
         if (whole) crew->threads = i + 1;
@@ -281,6 +376,14 @@ extern "C" void *ds_team_new(int threads, const int *cores) {
     return nullptr;
 }
 
+// From now on the team's programs take no more than `permille` (1 to 1000) of its threads' time. From any thread, at any time.
+extern "C" void ds_team_share(void *team, int permille) {
+    Crew *crew = (Crew *)team;
+    __atomic_store_n(&crew->share, permille, __ATOMIC_SEQ_CST);
+    ring(&crew->over);   // who rests counts anew
+    ring(&crew->start);  // who had no part looks whether it has one now
+}
+
 // Sixteen rows of float32 activations this long fill a member's scratch; matrices are sooner too large for other reasons.
 static const int64_t LONGEST_K = DS_SCRATCH_BYTES / 16 / 4;
 
@@ -289,6 +392,23 @@ extern "C" void ds_wait(void *team, int64_t ticket) {
     Crew *crew = (Crew *)team;
     for (uint32_t done; before(done = __atomic_load_n(&crew->finished.value, __ATOMIC_ACQUIRE), (uint32_t)ticket + 1);)
         sleep_until_change(&crew->finished, done);  // spinning would take the core from a member
+}
+
+// Waits until operator number `op` of program `ticket` is done. One thread at a time.
+extern "C" void ds_wait_operator(void *team, int64_t ticket, int64_t op) {
+    Crew *crew = (Crew *)team;
+    const uint32_t base = __atomic_load_n(&crew->bases[(uint32_t)ticket % QUEUE], __ATOMIC_ACQUIRE);  // before what follows
+    // While it isn't finished no other program has its place, and the base is this one's.
+    if (!before(__atomic_load_n(&crew->finished.value, __ATOMIC_ACQUIRE), (uint32_t)ticket + 1)) return;
+    const uint32_t target = base + (uint32_t)op + 1;
+    __atomic_store_n(&crew->watch, target, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&crew->watching, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        uint32_t seen = __atomic_load_n(&crew->watched.value, __ATOMIC_SEQ_CST);
+        if (!before(__atomic_load_n(&crew->done.value, __ATOMIC_SEQ_CST), target)) break;
+        sleep_until_change(&crew->watched, seen);
+    }
+    __atomic_store_n(&crew->watching, 0, __ATOMIC_SEQ_CST);
 }
 
 // Queues `count` operators to be run in order, each by the whole team, after all that was launched before; waits only where
@@ -313,6 +433,8 @@ extern "C" int64_t ds_launch(void *team, const ds_op *ops, int64_t count, const 
     }
     ds_wait(team, ticket - QUEUE);
     crew->queue[ticket % QUEUE] = {ops, count, step, kernels, 0};
+    __atomic_store_n(&crew->bases[ticket % QUEUE], crew->promised, __ATOMIC_RELAXED);
+    crew->promised += (uint32_t)count;
     ring(&crew->launched);
     return ticket;
 }

@@ -22,7 +22,7 @@ typedef int aclDataType, aclFormat, aclMemType, aclLogLevel, aclDeviceInfo, aclr
 typedef int aclrtMemHandleType, aclrtMemAllocationType, aclrtMemLocationType, aclrtMemGranularityOptions, aclrtLastErrLevel;
 typedef int aclrtStreamStatus, aclrtEventRecordedStatus, aclrtEventWaitStatus, aclmdlRICaptureMode, aclmdlRICaptureStatus;
 typedef int aclrtFloatOverflowMode, aclrtCallbackBlockType, aclrtHostRegisterType, aclCompileOpt, aclOpCompileFlag;
-typedef int aclrtDevAttr;
+typedef int aclrtDevAttr, aclrtDevResLimitType;
 typedef struct { uint32_t id; aclrtMemLocationType type; } aclrtMemLocation;
 typedef struct {
     aclrtMemHandleType handleType;

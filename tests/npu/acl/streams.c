@@ -63,6 +63,7 @@ struct stream {
     struct model *capture;
     struct group *group, *updating;
     size_t updated;
+    uint32_t cores[2]; /* cube and vector; 0: all */
     struct stream *next;
 };
 
@@ -309,6 +310,18 @@ aclError aclrtCreateStreamWithConfig(aclrtStream *out, uint32_t priority, uint32
 }
 
 aclError aclrtCreateStream(aclrtStream *out) { return aclrtCreateStreamWithConfig(out, 0, 0); }
+
+aclError aclrtSetStreamResLimit(aclrtStream handle, aclrtDevResLimitType type, uint32_t value) {
+    if (type < 0 || type > 1 || !value || value > 24)
+        return fail(BAD_PARAMETER, "a stream can't have %u cores of type %d", value, type);
+    of(handle)->cores[type] = value;
+    return OK;
+}
+
+aclError aclrtGetStreamResLimit(aclrtStream handle, aclrtDevResLimitType type, uint32_t *value) {
+    *value = of(handle)->cores[type] ? of(handle)->cores[type] : 24;
+    return OK;
+}
 
 aclError aclrtDestroyStream(aclrtStream handle) {
     struct stream *s = handle;
