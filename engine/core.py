@@ -355,6 +355,8 @@ class Core:
         self.close_ended()
         self.hand_over()
         self.use_tiers()
+        if self.batch.expected:
+            self.commit(self.batch.rtc.touched)  # others write there soon, and would touch it page by page
         for notice in self.batch.notices:  # after the tokens that they speak of
             self.tell(notice)
         self.batch.notices.clear()
