@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from engine.types import (
@@ -23,7 +21,7 @@ from engine.types import (
     unpack_ids,
 )
 from sched.policy import Snapshot, least_loaded, takes_over
-from tests.test_job_executor import PlayedTE, Scene
+from tests.test_job_executor import PlayedTE, Scene, run
 
 
 class Pair(Scene):
@@ -69,17 +67,6 @@ class Pair(Scene):
         je = self.je
         idle = not any(te.sequences or te.prompt_tokens for te in self.tes if te.state == "ready")
         return idle and not (je.live or je.held or je.passages.table or je.moves or je.outstanding)
-
-
-def run(test):
-    def inside():
-        async def body():
-            test()
-
-        asyncio.run(body())
-
-    inside.__name__ = test.__name__
-    return inside
 
 
 @run
