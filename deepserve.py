@@ -216,8 +216,8 @@ async def serve(config: Config) -> int:
 
 def announce(engine: AsyncLLM, url: str) -> None:
     assert engine.cluster is not None
-    climb = engine.cluster.climbs[0]
-    say(f"TE {climb.te} ready after {climb.total:.2f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in climb.steps.items()))
+    for climb in engine.cluster.climbs:  # of a pair both
+        say(f"TE {climb.te} ready after {climb.total:.2f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in climb.steps.items()))
     question = '"messages": [{"role": "user", "content": "Say hello"}]'
     body = f'{{"model": "{engine.names[0]}", "stream": true, "temperature": 0, {question}}}'
     key = ' -H "Authorization: Bearer $KEY"' if engine.api_keys else ""
