@@ -21,7 +21,7 @@ from engine.config import Speculation
 from engine.devices import StepOutput
 from engine.report import Report
 from engine.rtc import RTC, Match, block_keys, root_key
-from engine.rtc.cost import Costs
+from engine.rtc.loads import Loads
 from engine.rtc.wire import Fetched, Found
 from engine.sequence import Plan, Sequence, Work, counts_ids, decodes, leader_is_through, scored_rows, share, token_logprobs
 from engine.speculate import agreeing, next_length, propose
@@ -49,10 +49,6 @@ SPECULATING_SEQS = 8
 # Room that is reserved for an expected sequence beyond what is known of it: one that moves here goes on where it is meanwhile.
 SPARE_TOKENS = 32
 
-# A sequence that waits for room may lose the device's part of its prefix after the slower tiers were asked for the rest. They are
-# asked once more; who loses it again is in a TE so full that computing is the least trouble.
-MOST_LOOKUPS = 2
-
 
 class Batch:
     """Decides each step's plan and keeps every sequence's counts. Owns the slots and, through RTC, the blocks."""
@@ -76,15 +72,8 @@ class Batch:
         self.handed: list[Sequence] = []  # of these, new ones
         self.finished: list[Sequence] = []  # ended by themselves before they were handed over
         self.stuck = False  # nothing can run until something arrives, leaves or lets blocks go
-        self.costs: Costs | None = None  # of slower tiers, where there are any
+        self.loads = Loads()  # from slower tiers
         self.lends = False  # another TE computes prompts in our blocks: what comes before them must be there
-        self.tickets = 0  # of lookups and fetches
-        self.lookups: list[tuple[int, list[bytes]]] = []  # (ticket, keys) to be sent
-        self.asking: dict[int, Sequence] = {}  # by ticket
-        self.fetches: list[tuple[int, Found, int, list[int]]] = []  # (ticket, what, first offer, into blocks) to be begun
-        # By ticket: who waits, into which blocks, each with a reference more; and whether it then runs here.
-        self.fetching: dict[int, tuple[Sequence, list[int], bool]] = {}
-        self.unwanted: list[Found] = []  # to be released
         self.report = Report()
 
     # ---- arrivals and departures ------------------------------------------------------------------------------------
@@ -154,7 +143,7 @@ class Batch:
         if self.expected.pop(seq.id, None) is None and seq.slot >= 0:
             self.running.remove(seq)
         self.handing.pop(seq.id, None)
-        self.forget_found(seq)
+        self.loads.forget(seq)
         self.release(seq)
         self.stuck = False
 
@@ -251,72 +240,37 @@ class Batch:
     # ---- slower tiers -----------------------------------------------------------------------------------------------
     def look_up(self, seq: Sequence) -> None:
         """Ask the slower tiers for the blocks of its prefix that the device lacks; until the answer it waits."""
-        if self.costs is None or seq.scores is not None or seq.lent or seq.leader is not None:
+        if self.loads.costs is None or seq.scores is not None or seq.lent or seq.leader is not None:
             return
         if seq.expected and not self.lends:
             return  # whoever computes its prompt has what comes before carried here
         seq.asked_from = len(self.rtc.match_by_prefix_token(seq.keys, seq.known).blocks)
         if keys := seq.keys[seq.asked_from : (seq.known - 1) // self.rtc.block_size]:
-            seq.asked += 1
-            seq.asking = True
-            self.tickets += 1
-            self.asking[self.tickets] = seq
-            self.lookups.append((self.tickets, keys))
+            self.loads.ask(seq, keys)
 
     def found(self, answer: Found) -> None:
         """What the slower tiers have of a sequence's prefix."""
-        seq = self.asking.pop(answer.name)
-        seq.asking = False
-        if seq.ended:
-            self.unwanted.append(answer)
-        elif answer.offers:
-            seq.found = answer
+        self.loads.found(answer)
         self.stuck = False
-
-    def wanted(self, seq: Sequence, match: Match) -> int | None:
-        """How many blocks behind those that the device has are to be loaded, and not computed. None: what the lookup began after
-        is no longer there, so it must be made again."""
-        if seq.found is None or self.costs is None:  # nothing, or the tiers are gone since
-            return 0
-        first = len(match.blocks) - seq.asked_from
-        if first < 0:
-            return None if seq.asked < MOST_LOOKUPS else 0
-        tiers = [offer.tier for offer in seq.found.offers[first:]]
-        count = self.costs.blocks_to_load(tiers)
-        self.load.blocks_loaded += count
-        self.load.blocks_recomputed += len(tiers) - count
-        return count
-
-    def forget_found(self, seq: Sequence) -> None:
-        if seq.found is not None:
-            self.unwanted.append(seq.found)
-            seq.found = None
 
     def load_blocks(self, seq: Sequence, need: int, count: int) -> None:
         """Have the first `count` of the `need` blocks that it lacks loaded: it is expected until they are there."""
-        assert seq.found is not None
         first = len(seq.blocks) - seq.asked_from
         blocks = self.rtc.alloc_blocks(need)
         assert blocks is not None, "admit counted them"
         self.tables[seq.slot, len(seq.blocks) : len(seq.blocks) + need] = blocks
         seq.blocks += blocks
         self.rtc.hold(blocks[:count])
-        self.tickets += 1
-        self.fetching[self.tickets] = (seq, blocks[:count], not seq.expected)
+        self.loads.fetch(seq, first, blocks[:count], not seq.expected)
         seq.expected = True
         self.expected[seq.id] = seq
-        self.fetches.append((self.tickets, seq.found, first, blocks[:count]))
-        seq.found = None
 
     def fetched(self, answer: Fetched) -> None:
         """Blocks were loaded: the sequence computes what comes after them."""
-        seq, blocks, runs = self.fetching.pop(answer.name)
+        seq, blocks, runs = self.loads.fetched(answer)
         size = self.rtc.block_size
         self.rtc.free(blocks)
         self.stuck = False
-        for tier, many in answer.blocks.items():
-            if many and self.costs is not None:
-                self.costs.loaded(tier, many * self.costs.block_bytes, answer.seconds[tier])
         if seq.ended:
             return
         dram, ssd = answer.blocks["dram"] * size, answer.blocks["ssd"] * size
@@ -339,7 +293,7 @@ class Batch:
     # ---- planning ---------------------------------------------------------------------------------------------------
     def has_work(self) -> bool:
         """Whether another turn of the loop could bring anything before a message does."""
-        unsaid = self.report.seqs or self.notices or self.handed or self.lookups
+        unsaid = self.report.seqs or self.notices or self.handed or self.loads.lookups
         return bool(self.running or unsaid or (self.waiting and not self.stuck))
 
     def plan(self) -> Plan:
@@ -427,12 +381,12 @@ class Batch:
             idle = sum(self.rtc.refs[b] == 0 for b in match.blocks)
             # One block of slack for each running sequence keeps the newcomer from being preempted by the next decode.
             if need + idle + promised + len(self.running) > self.rtc.available:
-                assert self.running or self.expected or self.handing or self.rtc.copied or self.fetching, "it fits an idle TE"
+                assert self.running or self.expected or self.handing or self.rtc.copied or self.loads.fetching, "it fits"
                 break
             heapq.heappop(self.waiting)
-            loaded = self.wanted(seq, match)
+            loaded = self.loads.wanted(seq, len(match.blocks), self.load)
             if loaded is None:
-                self.forget_found(seq)
+                self.loads.forget(seq)
                 self.look_up(seq)
                 blocked.append((seq.order, seq))
                 continue
@@ -444,7 +398,7 @@ class Batch:
             else:
                 self.run(seq)
                 promised += need
-            self.forget_found(seq)
+            self.loads.forget(seq)
             if caching:
                 coming.update(seq.keys[seq.committed :])
         for entry in blocked:
@@ -673,7 +627,7 @@ class Batch:
             assert self.sequences[seq.id] is seq
             for block in [] if seq.lent else seq.blocks:
                 held[block] = held.get(block, 0) + 1
-        for _, blocks, _ in self.fetching.values():
+        for _, blocks, _ in self.loads.fetching.values():
             for block in blocks:
                 held[block] = held.get(block, 0) + 1
         assert all(self.rtc.refs[b] == held.get(b, 0) for b in range(self.rtc.blocks)), "a block leaked"

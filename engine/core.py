@@ -153,9 +153,9 @@ class Core:
         for data in messages:
             self.obey(self.decoder.decode(data))
         if self.tiers is not None:
-            for ticket, keys in self.batch.lookups:
+            for ticket, keys in self.batch.loads.lookups:
                 self.tiers.look_up(ticket, keys)
-        self.batch.lookups.clear()
+        self.batch.loads.lookups.clear()
 
     def follow(self, done: Done) -> Callable[[Completion], None]:
         """What a transfer is to call at its end, so that the loop calls `done`: on every rank of a TE in the same turn. Ranks
@@ -261,8 +261,8 @@ class Core:
         """Take in what has come about in the slower tiers: on every rank in the same turn."""
         batch, load = self.batch, self.batch.load
         if isinstance(event, Stepped):
-            if batch.costs is not None:
-                batch.costs.stepped(event.prefill_tokens, event.sequences, event.seconds)
+            if batch.loads.costs is not None:
+                batch.loads.costs.stepped(event.prefill_tokens, event.sequences, event.seconds)
         elif isinstance(event, Found):
             batch.found(event)
         elif isinstance(event, Fetched):
@@ -272,10 +272,10 @@ class Core:
             load.blocks_swapped += sum(event.kept)
             batch.stuck = False
         elif isinstance(event, Measured):
-            batch.costs, batch.rtc.unsaved = event.costs, Order()
+            batch.loads.costs, batch.rtc.unsaved = event.costs, Order()
         else:
             assert isinstance(event, Gone)
-            batch.costs = batch.rtc.unsaved = None
+            batch.loads.costs = batch.rtc.unsaved = None
             load.tiers_gone = 1
         if self.tiers is not None:
             fill = self.tiers.fill
@@ -287,15 +287,15 @@ class Core:
         """Begin the copies that are due. Every step that could still write a block which is copied into is over by now, on all
         ranks: each has met the master since it wrote."""
         batch, rtc = self.batch, self.batch.rtc
-        if batch.fetches:
+        if batch.loads.fetches:
             self.commit(rtc.touched)
         if self.tiers is not None:
-            for ticket, found, first, blocks in batch.fetches:
+            for ticket, found, first, blocks in batch.loads.fetches:
                 self.tiers.fetch(ticket, found, first, blocks)
-            for found in batch.unwanted:
+            for found in batch.loads.unwanted:
                 self.tiers.release(found)
-        batch.fetches.clear()
-        batch.unwanted.clear()
+        batch.loads.fetches.clear()
+        batch.loads.unwanted.clear()
         batch.load.blocks_lost = rtc.losses
         if rtc.unsaved is None:
             return

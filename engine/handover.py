@@ -52,9 +52,7 @@ class Outbound:
     def launched(self, plan: Plan, pending: Pending) -> None:
         """A step runs: have what it computes for other TEs follow it layer by layer."""
         size = self.here.block_size
-        here: dict[int, list[int]] = {}  # by receiving TE
-        there: dict[int, list[int]] = {}
-        going: dict[int, list[Sequence]] = {}
+        going: dict[int, tuple[list[int], list[int], list[Sequence]]] = {}  # by receiving TE: blocks here, blocks there, whose
         for work in plan:
             seq = work.seq
             if seq.moving or seq.handover is None or seq.handover.how != "layer":
@@ -66,15 +64,16 @@ class Outbound:
             target = np.frombuffer(seq.handover.blocks, np.int32)
             last = -(-(work.start + work.count) // size)
             begin = max(first, begin)
-            here.setdefault(seq.handover.to, []).extend(seq.blocks[begin:last])
-            there.setdefault(seq.handover.to, []).extend(target[begin:last].tolist())
-            going.setdefault(seq.handover.to, []).append(seq)
+            here, there, whose = going.setdefault(seq.handover.to, ([], [], []))
+            here += seq.blocks[begin:last]
+            there += target[begin:last].tolist()
+            whose.append(seq)
         layers = self.here.layout.layers
-        for first in range(0, layers, LAYERS_AT_ONCE) if here else ():
+        for first in range(0, layers, LAYERS_AT_ONCE) if going else ():
             some = range(first, min(first + LAYERS_AT_ONCE, layers))
-            for to, blocks in here.items():
+            for to, (here, there, whose) in going.items():
                 gate = partial(pending.wait_layer, some[-1])
-                self.transfer(to, blocks, there[to], layers=some, after=gate, on_done=partial(landed, going[to]))
+                self.transfer(to, here, there, layers=some, after=gate, on_done=partial(landed, whose))
 
     def finish(self, seq: Sequence, done: Done) -> None:
         """The sequence is computed. `done` is called in the step loop, with what went wrong, once the receiver has all of it."""

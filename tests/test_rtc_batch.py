@@ -32,7 +32,7 @@ class SlowTiers:
         self.gone = False
         self.fill = Fill()
         engine.core.tiers = self  # type: ignore[assignment]
-        engine.batch.costs = Costs(engine.rtc.block_size, 100, 1.0, {"dram": 1e9, "ssd": 1e9})
+        engine.batch.loads.costs = Costs(engine.rtc.block_size, 100, 1.0, {"dram": 1e9, "ssd": 1e9})
         engine.rtc.unsaved = Order()
 
     def block(self, number: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def drive(engine: Engine, tiers: SlowTiers, overlapped: bool = False, limit: int
         tiers.tick()
         if not more and not tiers.queue and not tiers.events:
             assert not engine.batch.sequences, "it waits for something that doesn't come"
-            assert not tiers.pins and not engine.batch.asking and not engine.batch.fetching and not engine.rtc.copied
+            assert not tiers.pins and not engine.batch.loads.asking and not engine.batch.loads.fetching and not engine.rtc.copied
             assert engine.rtc.used == 0
             return done
     raise AssertionError("no end")
@@ -160,8 +160,8 @@ def test_recompute_where_that_is_quicker():
     engine.start(1, prompt, 2)
     drive(engine, tiers)
     save_all(engine, tiers)
-    assert engine.batch.costs is not None
-    engine.batch.costs.prefill = 1e12
+    assert engine.batch.loads.costs is not None
+    engine.batch.loads.costs.prefill = 1e12
     engine.start(2, prompt, 2)
     (done,) = drive(engine, tiers)
     assert done.cached == 0 and engine.batch.load.blocks_recomputed == 7 and engine.batch.load.populates == 0
@@ -252,7 +252,7 @@ def test_without_the_keeper_it_goes_on():
     engine.start(2, prompt_of(1, 30), 4)
     engine.start(3, prompt_of(2, 30), 4)
     drive(engine, tiers)
-    assert engine.batch.costs is None and engine.rtc.unsaved is None and engine.batch.load.tiers_gone == 1
+    assert engine.batch.loads.costs is None and engine.rtc.unsaved is None and engine.batch.load.tiers_gone == 1
     asked = len(tiers.lookups)
     engine.start(4, prompt_of(3, 30), 4)
     drive(engine, tiers)
@@ -269,14 +269,14 @@ def test_the_keeper_dies_while_a_prompt_waits_for_it(when):
     save_all(engine, tiers)
     engine.start(3, prompt_of(9, 10), 20)
     engine.start(2, prompt, 6)
-    while not any(seq.found for seq in engine.batch.sequences.values()) if when == "found" else not engine.batch.fetching:
+    while not any(seq.found for seq in engine.batch.sequences.values()) if when == "found" else not engine.batch.loads.fetching:
         engine.core.receive(idle=False)
         engine.step()
         tiers.tick()
     tiers.lose()
     engine.core.receive(idle=False)
     engine.step()
-    assert engine.batch.costs is None
+    assert engine.batch.loads.costs is None
     drive(engine, tiers)
     assert engine.texts[sequence_id(2, 0)] == text_of(prompt, 6)
 
@@ -376,7 +376,7 @@ def test_retention_and_contexts_come_with_messages():
         (done,) = drive(engine, tiers)
         return done
 
-    engine.core.tiers = batch.costs = engine.rtc.unsaved = None  # the device's blocks alone
+    engine.core.tiers = batch.loads.costs = engine.rtc.unsaved = None  # the device's blocks alone
     send(1, prompt_of(1, 16), 10.0, context="ctx-1", preserve=True, retain=100.0)
     match = engine.rtc.match_by_id("ctx-1")
     assert match is not None and len(match.blocks) == 4

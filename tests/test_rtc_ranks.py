@@ -26,7 +26,7 @@ class Ranks:
         self.both = self.master, self.rank = [Engine(blocks=blocks, max_seqs=4, max_len=52) for _ in range(2)]
         self.rank.device.memory = self.master.device.memory
         self.tiers = SlowTiers(self.master, rng)
-        self.master.batch.costs = self.master.rtc.unsaved = None  # until they are measured
+        self.master.batch.loads.costs = self.master.rtc.unsaved = None  # until they are measured
         self.turns: deque[bytes] = deque()
         self.now = 1.0
         self.master.core.agree, self.rank.core.agree = self.lead, self.follow
@@ -68,7 +68,7 @@ class Ranks:
             assert getattr(one, field) == getattr(other, field), field
         assert list(one.idle) == list(other.idle)
         assert (one.unsaved is None) == (other.unsaved is None) and list(one.unsaved or ()) == list(other.unsaved or ())
-        assert self.master.batch.costs == self.rank.batch.costs
+        assert self.master.batch.loads.costs == self.rank.batch.loads.costs
         assert self.master.texts == self.rank.texts
 
 

@@ -1,7 +1,8 @@
 """RTC, the Relational Tensor Cache: who holds which KV block, by prefix and by id.
 
 Calls carry the paper's names. This module is the device tier, the blocks of one TE's own KV cache. The slower tiers are beside
-it: pool.py (their index, in the keeper), tiers.py (their copies, in the TE), ssd.py (the files), cost.py (load or recompute).
+it: pool.py (their index, in the keeper), loads.py (what sequences want of them), tiers.py (their copies, in the TE), ssd.py (the
+files), cost.py (load or recompute).
 State is soft: losing all of it costs recomputation and never an answer. RTC knows block numbers, keys and reference counts; it
 never touches a tensor.
 
