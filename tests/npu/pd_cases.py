@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,16 @@ def test_two_tes_become_a_pair_and_either_dies(path, expected, monkeypatch):
 
     Queued: every stream of the stub runs in a thread of its own, so that a copy that doesn't wait for its layer is seen."""
     faults(monkeypatch, queued=1)
-    tokens = 24
+    tokens = 48
 
     async def run() -> None:
         async with AsyncLLM(path, **SMALL, te=2) as llm:
             assert await texts(llm) == expected
             wanted = await asyncio.gather(*(one(llm, f"{i} " + STORY, tokens) for i in range(4)))
             async with asyncio.TaskGroup() as group:
-                running = [group.create_task(one(llm, f"{i} " + STORY, tokens)) for i in range(4)]
-                await until(lambda: sum(te["load"]["running"] for te in llm.executors()) == 4)
+                said: set[int] = set()
+                running = [group.create_task(one(llm, f"{i} " + STORY, tokens, partial(said.add, i))) for i in range(4)]
+                await until(lambda: len(said) == 4)  # who has no token yet doesn't move
                 assert llm.give_role(0, "prefill")["moving"]
                 await until(lambda: not llm.executors()[0]["load"]["running"])
                 llm.give_role(1, "decode")
