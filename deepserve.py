@@ -16,13 +16,16 @@ if sys.path[:1] != [ROOT]:
 import argparse  # noqa: E402
 import asyncio  # noqa: E402
 import contextlib  # noqa: E402
+import resource  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable, Coroutine, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, TypeVar  # noqa: E402
 
-from engine.config import Config, field_help, resolve  # noqa: E402
+from engine.config import Config, field_help, several  # noqa: E402
 from engine.devices import KINDS  # noqa: E402
 from engine.types import SamplingParams, UserError  # noqa: E402
 from sched.service import AsyncLLM, Message  # noqa: E402
@@ -81,6 +84,17 @@ class LLM:
         many: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         assert self.engine is not None
         return self.call(gather(self.engine, self.engine.chat, many, sampling_params))
+
+    def sleep(self, level: int = 1) -> dict[str, Any]:
+        """Let all TEs go; level 1 keeps the packed weights in memory, 2 drops them too. The next call wakes them. Returns the
+        bytes that it freed."""
+        assert self.engine is not None
+        return self.call(self.engine.sleep("", level))
+
+    def wake_up(self) -> dict[str, Any]:
+        """Bring the TEs back ahead of the next call: seconds it took, and where the weights came from."""
+        assert self.engine is not None
+        return self.call(self.engine.wake(""))
 
     def close(self) -> None:
         """End the engine's processes. Idempotent."""
@@ -143,7 +157,8 @@ def say(text: str) -> None:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every Config field. Values stay text here; `engine.config` converts and checks them."""
-    parser.add_argument("model_argument", nargs="?", metavar="MODEL", help=field_help("model"))
+    more = "; of several the first is the default one and comes up at the start, the others when they are asked for"
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=field_help("model") + more)
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags override it")
     for name, default in Config.__annotations__.items():
         flag = "--" + name.replace("_", "-")
@@ -157,24 +172,31 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, metavar="X", help=field_help(name))
 
 
-def config_of(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+def configs_of(args: argparse.Namespace) -> tuple[list[Config], list[dict[str, str]]]:
+    """The Config of each model, and where its values come from."""
     flags = {n: v for n in Config.__struct_fields__ if (v := getattr(args, n)) is not None}
-    if args.model_argument is not None:
-        flags["model"] = args.model_argument
-    return resolve(flags, args.config)
+    made = several(flags, args.models, args.config)
+    return [config for config, _ in made], [origin for _, origin in made]
 
 
-async def serve(config: Config) -> int:
+async def serve(configs: list[Config]) -> int:
     """Listen at once, load meanwhile, run until a signal; the second one doesn't wait."""
     from engine.native import cpu
     from scale import pull
+    from sched import tenants
     from sched.gateway import app as gateway
 
-    if config.model in pull.KNOWN and not pull.place(config.model).exists():
-        await asyncio.to_thread(pull.pull, config.model, say)
+    first = configs[0]  # also the one that has the server's settings
+    # Each TE takes some seven descriptors here, each connection one: take what the system allows, not what a shell starts with.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    keys = tenants.read(Path(first.api_keys_file)) if first.api_keys_file else []
+    for config in configs:
+        if config.model in pull.KNOWN and not pull.place(config.model).exists():
+            await asyncio.to_thread(pull.pull, config.model, say)
     if cpu.find() is None:
         say("building the CPU kernels, some ten seconds")
-    engine = AsyncLLM(config=config)
+    engine = AsyncLLM(configs=configs, on_climb=lambda climb: say(climb.said()))
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -188,9 +210,9 @@ async def serve(config: Config) -> int:
     try:
         engine.start()
         listener = await gateway.listen(
-            gateway.build(engine, api_keys=config.api_key, version=__version__), config.host, config.port
+            gateway.build(engine, api_keys=first.api_key, keys=keys, version=__version__), first.host, first.port
         )
-        say(f"listening on {listener.url}, loading {config.model}")
+        say(f"listening on {listener.url}, loading {first.model}")
         waiting = asyncio.ensure_future(engine.ready())
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -203,7 +225,7 @@ async def serve(config: Config) -> int:
         await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             raise engine.failure or UserError("the engine failed")
-        draining = asyncio.ensure_future(engine.drain(config.shutdown_timeout))
+        draining = asyncio.ensure_future(engine.finish(first.shutdown_timeout))
         await asyncio.wait((draining, asyncio.ensure_future(hurry.wait())), return_when=asyncio.FIRST_COMPLETED)
         return 0 if draining.done() and draining.result() else 1
     finally:
@@ -215,33 +237,58 @@ async def serve(config: Config) -> int:
 
 
 def announce(engine: AsyncLLM, url: str) -> None:
-    assert engine.cluster is not None
-    for climb in engine.cluster.climbs:  # of a pair both
-        say(f"TE {climb.te} ready after {climb.total:.2f} s: " + ", ".join(f"{k} {v:.2f}" for k, v in climb.steps.items()))
+    name, *others = dict.fromkeys(card.root for card in engine.models())
+    if others:
+        say(f"also served, and brought up when asked for: {', '.join(others)}")
     question = '"messages": [{"role": "user", "content": "Say hello"}]'
-    body = f'{{"model": "{engine.names[0]}", "stream": true, "temperature": 0, {question}}}'
-    key = ' -H "Authorization: Bearer $KEY"' if engine.api_keys else ""
-    say(f"{engine.names[0]} is served at {url}; try:")
+    body = f'{{"model": "{name}", "stream": true, "temperature": 0, {question}}}'
+    key = ' -H "Authorization: Bearer $KEY"' if engine.needs_key else ""
+    say(f"{name} is served at {url}; try:")
     print(f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n    -d '{body}'", file=sys.stderr)
 
 
-async def show_config(config: Config, origin: dict[str, str]) -> int:
-    """Every setting, its resolved value and why."""
-    from scale import pull
-    from sched.service import make_plan
+# Settings that do nothing where they are not given; the others find their value.
+OFF = ("keep_alive", "slo_ttft_ms", "slo_tpot_ms", "speculative_config")
 
+
+async def show_config(configs: list[Config], origins: list[dict[str, str]]) -> int:
+    """Every setting of each model, its resolved value and why."""
+    engine = AsyncLLM(configs=configs)
     try:
-        plan, why = await asyncio.to_thread(make_plan, pull.resolve(config.model), config)
-        config = plan.config
+        await engine.measure()
+        for deployment in engine.deployments:
+            await deployment.describe()
     except UserError as e:
         say(f"automatic values are not resolved: {e}")
-        why = {}
-    for name in Config.__struct_fields__:
-        value = getattr(config, name)
-        absent = "off" if name == "speculative_config" else "auto"
-        shown = absent if value is None else "(hidden)" if name == "api_key" and value else value
-        print(f"{name.replace('_', '-'):24} {shown!s:28} {why.get(name) or origin[name]}")
+    for deployment, origin in zip(engine.deployments, origins, strict=True):
+        if len(configs) > 1:
+            print(f"\n[{deployment.id}]")
+        for name in Config.__struct_fields__:
+            value = getattr(deployment.config, name)
+            absent = "off" if name in OFF else "auto"
+            shown = absent if value is None else "(hidden)" if name == "api_key" and value else value
+            print(f"{name.replace('_', '-'):24} {shown!s:28} {deployment.why.get(name) or origin[name]}")
     return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Measure a model on this machine for the scheduler."""
+    from bench import profile
+
+    made, (origin, *_) = configs_of(args)
+    if len(made) > 1:
+        raise UserError(f"profile measures one model at a time: name {made[0].model} alone", "model")
+    if args.lengths:
+        from sched import length_store
+
+        return length_store.main(made[0], args.history, say)
+    if args.history is not None:
+        raise UserError("--history is for profile --lengths; add --lengths, or leave it out", "history")
+    for name in profile.NOT_MEASURED:
+        if origin[name].startswith("flag"):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"profile measures colocated TEs, a pair and a semi pair beside each other: leave out {flag}", name)
+    return profile.main(made[0], args.budget, args.rates, args.out, args.png, say)
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -282,6 +329,24 @@ def ask() -> str:
         return ""
 
 
+async def ps(args: argparse.Namespace) -> int:
+    """The TEs and models of a running server, as tables or as JSON."""
+    import orjson
+
+    from sched.gateway.client import Client
+    from sched.gateway.ps import picture
+
+    async with Client(args.url, args.api_key) as client:
+        tes = (await client.ask("GET", "/v1/admin/te"))["data"]
+        scale = await client.ask("GET", "/v1/admin/scale")
+    if args.json:
+        print(orjson.dumps({"te": tes, "scale": scale}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print(picture(tes, scale, time.time(), width))
+    return 0
+
+
 def selftest(device: str, model: str, report: Path | None) -> int:
     """A device against its references, in this process: nothing is served."""
     from engine.devices import selftest
@@ -299,16 +364,40 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="deepserve", description="LLM serving on NPUs, edge machines and CPUs.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_config_flags(commands.add_parser("serve", help="serve a model over HTTP"))
+    add_config_flags(commands.add_parser("serve", help="serve a model, or several, over HTTP"))
     add_config_flags(commands.add_parser("config", help="print every setting, its resolved value and why"))
     talk = commands.add_parser("chat", help="talk with a running server")
-    talk.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
-    talk.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="its key (default: $OPENAI_API_KEY)")
+    look = commands.add_parser("ps", help="the task executors and models of a running server")
+    for client in (talk, look):
+        client.add_argument("--url", default="http://127.0.0.1:8000", help="the server")
+        client.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="its key (default: $OPENAI_API_KEY)")
+    look.add_argument("--json", action="store_true", help="everything the server tells, as JSON")
     talk.add_argument("--model", help="default: the server's first")
     talk.add_argument("--system", help="a system message")
     talk.add_argument("--temperature", type=float)
     talk.add_argument("--max-tokens", type=int)
     talk.add_argument("--seed", type=int)
+    look_at = commands.add_parser("profile", help="measure what the scheduler goes by: the heat map and the costs of a step")
+    add_config_flags(look_at)
+    look_at.add_argument("--budget", type=float, default=600.0, metavar="S", help="seconds to measure for (default: 600)")
+    look_at.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.3, 0.6, 0.9],
+        metavar="X",
+        help="rates to measure at, as parts of what the machine can do of such requests (default: 0.3 0.6 0.9)",
+    )
+    look_at.add_argument("--out", type=Path, metavar="FILE", help="where the maps go too, as JSON")
+    look_at.add_argument("--png", type=Path, metavar="FILE", help="where a picture of the maps goes")
+    look_at.add_argument("--lengths", action="store_true", help="instead: train what predicts how long texts get")
+    look_at.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help='of --lengths: lines of {"prompt": "…", "length": TOKENS} (default: what the server has kept of its own texts)',
+    )
+    commands.add_parser("simulate", help="policies on a cluster that isn't there, in virtual time", add_help=False)
     commands.add_parser("pull", help="fetch a model").add_argument("name", metavar="NAME")
     check = commands.add_parser("doctor", help="check what this machine has and what is missing")
     check.add_argument("--selftest", action="store_true", help="run a device against its references; some minutes")
@@ -316,15 +405,19 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--model", help=f"of --selftest's texts and rates (default: {Config().model})")
     check.add_argument("--json", type=Path, metavar="FILE", help="where --selftest writes its report too, to attach to an issue")
     bench = commands.add_parser(
-        "bench", help="measure: `serve` loads any server, `cpu` sets ours beside others, `cuda` a GPU", add_help=False
+        "bench",
+        help="measure: `serve` loads any server, `cpu` sets ours beside others, `cuda` a GPU, `scale` how TEs come and go",
+        add_help=False,
     )
-    bench.add_argument("what", choices=["serve", "cpu", "cuda"])
+    bench.add_argument("what", choices=["serve", "cpu", "cuda", "scale"])
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args, more = parser().parse_known_args(argv)
+    if more and args.command != "simulate":
+        parser().error(f"unrecognized arguments: {' '.join(more)}")
     if args.command == "bench":
         from importlib import import_module
 
@@ -333,11 +426,19 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "serve":
             import uvloop
 
-            return uvloop.run(serve(config_of(args)[0]))
+            return uvloop.run(serve(configs_of(args)[0]))
         if args.command == "config":
-            return asyncio.run(show_config(*config_of(args)))
+            return asyncio.run(show_config(*configs_of(args)))
+        if args.command == "profile":
+            return profile(args)
+        if args.command == "simulate":
+            from bench import simulate
+
+            return simulate.main(more, say)
         if args.command == "chat":
             return chat(args)
+        if args.command == "ps":
+            return asyncio.run(ps(args))
         if args.command == "pull":
             from scale import pull
 

@@ -2,7 +2,7 @@
 # DeepServe's one entry. Sets up what is missing, then runs.
 #   ./run.sh [MODEL] [flags]     serve (also: ./run.sh serve ...)
 #   ./run.sh setup [--torch-index URL]   only set up; take torch's small CPU build from another index
-#   ./run.sh test | lint | bench ... | doctor | chat | pull NAME | config
+#   ./run.sh test | lint | bench ... | profile | simulate | doctor | chat | ps | pull NAME | config
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=.venv
@@ -68,7 +68,7 @@ setup() {
 }
 
 command=serve
-case "${1:-}" in serve | setup | test | lint | bench | doctor | chat | pull | config) command=$1; shift ;; esac
+case "${1:-}" in serve | setup | test | lint | bench | doctor | chat | ps | pull | config | profile | simulate) command=$1; shift ;; esac
 case "$command" in
   setup) setup "$@" && say "ready: ./run.sh" ;;
   test) setup && install requirements-test.txt && exec $py -m pytest "$@" ;;

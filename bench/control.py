@@ -40,7 +40,7 @@ from engine.rtc import RTC
 from engine.tokenizer import Tokenizer
 from engine.types import FromWorker, Ready
 from scale import ladder, pull
-from sched.cluster import TE
+from sched.cluster import TE, Slot
 from sched.gateway import app as gateway
 from sched.gateway.sse import EventStream
 from sched.job_executor import JobExecutor
@@ -188,23 +188,28 @@ class OneTE(AsyncLLM):
     async def load(self) -> None:
         path = pull.resolve(self.asked.model)
         native.load()
-        self.names = ["bench"]
-        self.metrics_of = Metrics("bench")
-        self.je = JobExecutor(self.config, self.metrics_of, self.rng)
-        self.je.tokenizer = self.tokenizer = Tokenizer.load(path)
+        [model] = self.deployments
+        model.names = ["bench"]
+        model.metrics = Metrics(self.families, "bench")
+        model.je = JobExecutor(model.config, model.metrics, self.rng, used=model.used)
+        model.je.tokenizer = model.tokenizer = Tokenizer.load(path)
+        # It counts as described and as up: nothing is left to be done for it.
+        model.describing = asyncio.create_task(asyncio.sleep(0))
+        model.tokenizing = asyncio.create_task(asyncio.sleep(0, model.tokenizer))
+        model.slots = [Slot(0, model, Seat("colocated"), 1, 0, False, False, "it is measured")]
 
     async def bring_up(self, command: list[str]) -> TE:
         """The TE, once it takes tasks; its process ends with the link or with this one."""
         await self.start()
-        assert self.je is not None
-        te = TE(0, "bench", self.je, Seat("colocated"))
+        je = self.deployments[0].listener
+        te = TE(0, "bench", je, Seat("colocated"))
         te.climb = ladder.Climb(0, time.monotonic())
         fds = [fd for ring in te.link.rings for fd in ring.numbers()]
         process = await asyncio.to_thread(lambda: subprocess.Popen([*command, *map(str, fds)], pass_fds=fds, cwd=ROOT))
         te.link.watch(os.pidfd_open(process.pid))
         te.move("forked")
         await te.announced.wait()
-        self.je.ready(te)
+        je.ready(te)
         return te
 
 
@@ -222,14 +227,13 @@ async def serve(args: argparse.Namespace) -> None:
     watch = Stopwatch() if args.stages else None
     if watch is not None:
         watch.install()
-    config = Config(model=args.model, max_model_len=CONTEXT, max_num_seqs=MOST_STREAMS, seed=1)
+    config = Config(model=args.model, max_model_len=CONTEXT, block_size=BLOCK, max_num_seqs=MOST_STREAMS, seed=1)
     engine = OneTE(config=config)
     command = [sys.executable, "-m", "bench.control", "te", "--model", args.model, "--period", str(args.period), "--rings"]
     te = await engine.bring_up(command)
     listener = await gateway.listen(gateway.build(engine), "127.0.0.1", 0)
     print(json.dumps({"port": listener.port}), flush=True)
-    assert engine.je is not None
-    registry, je, over = engine.je.metrics.registry, engine.je, asyncio.Event()
+    registry, je, over = engine.families.registry, engine.deployments[0].listener, asyncio.Event()
 
     def asked() -> None:
         if not sys.stdin.readline():

@@ -387,7 +387,7 @@ def measure(v: Variant, reference: Reference) -> Row:
     with engine(v.model, v.settings) as llm:
         assert llm.engine is not None
         row = new_row(v)
-        row.weight_bytes = llm.engine.executors()[0]["memory_bytes"]["weights"]
+        row.weight_bytes = llm.engine.cluster.describe()[0]["memory_bytes"]["weights"]
         row.perplexity = perplexity(score(llm, reference.windows))
         row.agreement = agreement(reference.texts, forced_choices(llm, reference.texts))
         texts = greedy(llm, [text.prompt for text in reference.texts])

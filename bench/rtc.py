@@ -94,7 +94,7 @@ async def converse(engine: AsyncLLM, histories: list[list[int]], turns: range, f
             history += reply
         seconds.append(row)
     later = [took for turn, row in zip(turns, seconds, strict=True) for took in row if turn]
-    loads = [te["load"] for te in engine.executors()]
+    loads = [te["load"] for te in engine.cluster.describe()]
     return {
         "ttft_ms_by_turn": [round(statistics.median(row) * 1e3, 1) for row in seconds],
         "ttft_ms": round(statistics.median(later) * 1e3, 1),
@@ -108,7 +108,7 @@ async def converse(engine: AsyncLLM, histories: list[list[int]], turns: range, f
 async def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     length = FIRST + (args.turns - 1) * MESSAGE + args.turns * REPLY
     async with AsyncLLM(args.model, max_model_len=1024, kv_cache_memory_bytes="64M") as probe:
-        (te,) = probe.executors()
+        (te,) = probe.cluster.describe()
         block_bytes, block_size = te["memory_bytes"]["kv"] // te["kv_blocks"], probe.config.block_size or 16
     blocks = args.sessions * -(-length // block_size)
     settings: dict[str, Any] = {

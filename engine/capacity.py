@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from engine import devices
-from engine.config import Config, ranks, seats
+from engine.config import Config, most_pools, most_processes, ranks, seats
 from engine.models import PANEL_ROWS, Model
 from engine.native import cpu
 from engine.types import OutOfMemory, Packing, UserError
@@ -35,6 +35,7 @@ OWN_SHARE = 0.85
 # Kept for the interpreter, libraries and activations of one TE. Measured: torch and a 135M model's buffers take about 0.4 GB;
 # a TE on the compiled kernels has no torch and takes a tenth.
 PROCESS_BYTES = 512 << 20
+COMPILED_PROCESS_BYTES = 48 << 20
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class Machine(msgspec.Struct, frozen=True):
     free_bytes: int
     cores: int
     compiled: bool = False  # the compiled CPU kernels are there, for this processor
+    models: int = 1  # that share it
 
 
 def machine(kernels: bool = True) -> Machine:
@@ -153,11 +155,12 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         why["block_size"] = f"what {device} likes"
 
     check_pd(config, device)
+    check_scaling(config)
     block_bytes = kv_bytes_per_token(model, dtype, config.kv_cache_dtype) * block_size
-    free = box.free_bytes - weight_bytes - PROCESS_BYTES * sum(ranks(config))
+    free = box.free_bytes - weight_bytes - process_bytes(panels) * most_processes(config)
     if free <= 0:
         raise OutOfMemory(
-            f"--model: its weights take {gib(weight_bytes)} as {dtype} and a process {gib(PROCESS_BYTES)};"
+            f"--model: its weights take {gib(weight_bytes)} as {dtype} and a process {gib(process_bytes(panels))};"
             f" {gib(box.free_bytes)} is free."
             + (" Use --dtype bfloat16 or a smaller model." if dtype == "float32" else " Use a smaller model."),
             "dtype" if dtype == "float32" else "model",
@@ -171,15 +174,16 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
         if config.kv_cache_memory_bytes is None:
             why["kv_cache_memory_bytes"] = f"{OWN_SHARE:.0%} of what the {device} has free beside the weights"
         return msgspec.structs.replace(resolved, max_model_len=config.max_model_len or model.max_len), why
-    room = (free - config.kv_dram_bytes) // sum(seat.lender < 0 for seat in seats(config))
+    pools = most_pools(config)
+    room = (free - config.kv_dram_bytes) // pools
     if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > room:
         raise OutOfMemory(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}: {config.te} x {gib(config.kv_cache_memory_bytes)} do not"
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes}: {pools} x {gib(config.kv_cache_memory_bytes)} do not"
             f" fit the {gib(free)} that are free beside the weights;"
             f" --kv-cache-memory-bytes {room // block_bytes * block_bytes} would fit",
             "kv_cache_memory_bytes",
         )
-    budget = config.kv_cache_memory_bytes or min(int(room * FREE_SHARE), AUTO_KV_BYTES)
+    budget = config.kv_cache_memory_bytes or min(int(room * FREE_SHARE / box.models), AUTO_KV_BYTES)
     asked = config.max_model_len
     check_length(asked, model)
     if config.kv_cache_memory_bytes is None and asked is not None:
@@ -205,7 +209,7 @@ def resolve(config: Config, model: Model, weight_bytes: int, box: Machine) -> tu
     # More than every sequence at full length is never used.
     blocks = min(budget // block_bytes, config.max_num_seqs * blocks_for(length, block_size))
     if config.kv_cache_memory_bytes is None:
-        why["kv_cache_memory_bytes"] = f"{blocks} blocks: of {gib(box.free_bytes)} free memory, for {config.te} TE"
+        why["kv_cache_memory_bytes"] = f"{blocks} blocks: of {gib(box.free_bytes)} free memory, for {pools} TE"
     return msgspec.structs.replace(resolved, max_model_len=length, kv_cache_memory_bytes=blocks * block_bytes), why
 
 
@@ -252,9 +256,14 @@ def unshared(count: int, model: Model, panels: bool) -> str:
 def check_pd(config: Config, device: str) -> None:
     """Raises `UserError` where prefill and decode can't be on TEs of their own, or shares not be steered."""
     for field, other in (("slo_ttft_ms", "slo_tpot_ms"), ("slo_tpot_ms", "slo_ttft_ms")):
-        if getattr(config, field) is not None and (getattr(config, other) is None or "semi" not in config.pd):
+        scaled = config.max_te is not None
+        if getattr(config, field) is not None and not scaled and (getattr(config, other) is None or "semi" not in config.pd):
             flag, needed = (f"--{name.replace('_', '-')}" for name in (field, other))
-            raise UserError(f"{flag} steers the shares of a semi pair: use it with {needed} and --pd semi", field)
+            raise UserError(
+                f"{flag} steers the shares of a semi pair, or how many TEs there are: use it with {needed} and --pd semi, or with"
+                " --max-te",
+                field,
+            )
     if not config.pd:
         return
     if devices.kind(device).own_memory and "semi" in config.pd:
@@ -266,6 +275,24 @@ def check_pd(config: Config, device: str) -> None:
         raise UserError(
             f"--pd {config.pd}: KV blocks move between TEs of one {device} each so far; leave out --tensor-parallel-size", "pd"
         )
+
+
+def check_scaling(config: Config) -> None:
+    """Raises `UserError` where the numbers of TEs contradict each other."""
+    most = max(config.max_te or 0, config.te)
+    if config.max_te is not None and config.max_te < config.te:
+        raise UserError(f"--max-te {config.max_te} is less than the --te {config.te} that it starts with", "max_te")
+    if config.min_te is not None and config.min_te > most:
+        raise UserError(f"--min-te {config.min_te} is more than the {most} TEs there may be; raise --max-te too", "min_te")
+    if config.min_te == 0 and config.keep_alive is None:
+        raise UserError("--min-te 0: say with --keep-alive after how many seconds without a request there may be none", "min_te")
+    if "semi" in config.pd and (config.max_te or config.min_te):
+        raise UserError(f"--pd {config.pd}: a semi pair isn't scaled; leave out --min-te and --max-te", "pd")
+
+
+def process_bytes(panels: bool) -> int:
+    """What a process takes beside weights and KV cache; `panels`: on the compiled kernels."""
+    return COMPILED_PROCESS_BYTES if panels else PROCESS_BYTES
 
 
 def check_tiers(config: Config, device: str, dtype: str, box: Machine, block_bytes: int, free: int) -> None:
@@ -334,8 +361,6 @@ def cores_for(te: int, threads: int, usable: set[int]) -> list[int]:
     return [cores[(te * threads + i) % len(cores)] for i in range(threads)]
 
 
-def threads_for(config: Config, box: Machine) -> int:
-    """Compute threads of one process: the cores this process may use, divided among the TEs and their ranks."""
-    # The two workers of a semi pair share their cores.
-    processes = sum(count for seat, count in zip(seats(config), ranks(config), strict=True) if seat.lender < 0)
-    return max(1, box.cores // processes)
+def threads_for(cores: int, processes: int) -> int:
+    """Compute threads of one process: the cores this process may use, divided among all that compute."""
+    return max(1, cores // max(1, processes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from engine.types import Quantization, UserError
 DeviceName = Literal["auto", "cpu", "npu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDType = Literal["auto", "bfloat16", "int8"]
+FastPath = Literal["keeper", "warm", "fork", "dram", "lazy-kv"]
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +56,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 takes a free one")] = 8000
     api_key: Annotated[list[str], Meta(description="keys accepted as `Authorization: Bearer KEY`; none: no check")] = []
+    api_keys_file: Annotated[
+        str,
+        Meta(
+            description="TOML file of more keys, a [keys.NAME] table each: key, rpm, tpm, slo-ttft-ms, slo-tpot-ms (docs/api.md)"
+        ),
+    ] = ""
     device: Annotated[
         DeviceName, Meta(description="where the model runs; auto is npu where driver, CANN and torch-npu are there, else cpu")
     ] = "auto"
@@ -106,7 +114,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="keep each compute thread on a core of its own (compiled cpu kernels; for machines that do nothing else)"
         ),
     ] = False
-    te: Annotated[int, Meta(ge=1, le=256, description="number of task executors")] = 1
+    te: Annotated[int, Meta(ge=1, le=256, description="number of task executors that a model starts with")] = 1
+    min_te: Annotated[int, Meta(ge=0, le=256)] | None = None
+    max_te: Annotated[int, Meta(ge=1, le=256)] | None = None
+    keep_alive: Annotated[float, Meta(ge=0)] | None = None
+    te_share: Annotated[
+        int,
+        Meta(ge=10, le=100, description="percent of the compute that each TE may use (compiled cpu kernels: of its cores' time)"),
+    ] = 100
+    memory_budget: Annotated[int, Meta(ge=1)] | None = None
+    weights_dram_bytes: Annotated[int, Meta(ge=0)] | None = None
+    warm_te: Annotated[int, Meta(ge=0, le=256)] | None = None
+    scale_without: Annotated[
+        list[FastPath],
+        Meta(
+            description="fast paths of scaling to leave out, to see what each brings: keeper (a fresh interpreter for each TE), warm (no processes ready ahead), fork (no weights from running TEs), dram (no packed weights kept in memory), lazy-kv (the KV cache committed at the start)"
+        ),
+    ] = []
     pd: Annotated[
         str,
         Meta(
@@ -178,10 +202,27 @@ def seats(config: Config) -> list[Seat]:
     return parse_pd(config.pd) if config.pd else [Seat("colocated")] * config.te
 
 
-def ranks(config: Config) -> list[int]:
-    """How many ranks each TE of this server has, by number: it keeps them when its role changes."""
+def ranks_for(config: Config, seat: Seat) -> int:
+    """How many ranks a TE that starts on this seat has: it keeps them when its role changes."""
     prefill = config.prefill_tensor_parallel_size or config.tensor_parallel_size
-    return [prefill if seat.role == "prefill" else config.tensor_parallel_size for seat in seats(config)]
+    return prefill if seat.role == "prefill" else config.tensor_parallel_size
+
+
+def ranks(config: Config) -> list[int]:
+    """How many ranks each TE has that a model starts with."""
+    return [ranks_for(config, seat) for seat in seats(config)]
+
+
+def most_processes(config: Config) -> int:
+    """Processes that a model's TEs may be at once: with --max-te more than it starts with."""
+    more = max((config.max_te or 0) - config.te, (config.min_te or 0) - config.te, 0)
+    return sum(ranks(config)) + more * max(ranks(config))
+
+
+def most_pools(config: Config) -> int:
+    """KV pools that a model's TEs may have at once: the two workers of a semi pair have one."""
+    more = max((config.max_te or 0) - config.te, (config.min_te or 0) - config.te, 0)
+    return sum(seat.lender < 0 for seat in seats(config)) + more
 
 
 def has_tiers(config: Config) -> bool:
@@ -195,6 +236,16 @@ AUTO_HELP = {
     "max_model_len": "longest prompt plus output, in tokens (default: the model's own limit, or what fits the memory)",
     "block_size": "tokens a KV block holds (default: the device's own, 16 on cpu and cuda, 128 on npu)",
     "kv_cache_memory_bytes": "bytes of KV cache a TE may use; takes K, M, G suffixes (default: a share of free memory)",
+    "min_te": "TEs that a model keeps when there is little to do (default: --te, or 0 with --keep-alive)",
+    "max_te": "TEs that a model may have: more are brought up while requests wait or promises are missed (default: --te)",
+    "keep_alive": "seconds without a request after which a model has its --min-te TEs only; with 0 TEs it sleeps: its weights"
+    " stay in memory as --weights-dram-bytes allows, and the next request wakes it (default: never, but when another model needs"
+    " the room)",
+    "memory_budget": "bytes that the models which are up may take together: weights, KV caches, processes; takes K, M, G suffixes"
+    " (default: what the machine has free)",
+    "weights_dram_bytes": "bytes of packed weights kept in host memory for models that sleep, or are expected to be asked for"
+    " (default: a quarter of the free memory)",
+    "warm_te": "processes kept ready to become a TE or a rank of any model (default: follows the demand)",
     "prefill_tensor_parallel_size": "ranks of the prefill TEs of --pd (default: as --tensor-parallel-size)",
     "speculative_config": 'speculation by prompt lookup, as JSON: {"method": "ngram", "num_speculative_tokens": 8,'
     ' "prompt_lookup_min": 2, "prompt_lookup_max": 6} (default: off)',
@@ -204,6 +255,8 @@ AUTO_HELP = {
     "seed": "seed of everything random (default: from the system)",
 }
 
+# Fields of bytes, which take suffixes as text.
+SIZES = ("kv_cache_memory_bytes", "kv_dram_bytes", "kv_ssd_bytes", "memory_budget", "weights_dram_bytes")
 SIZE_SUFFIX = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -256,9 +309,9 @@ def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in Config.__struct_fields__:
             raise UserError(f"{origin}: there is no setting {name!r}; `deepserve.py config` lists them all", name)
-        if name in ("served_model_name", "api_key") and isinstance(value, str):
+        if name in ("served_model_name", "api_key", "scale_without") and isinstance(value, str):
             value = [value]
-        if name in ("kv_cache_memory_bytes", "kv_dram_bytes", "kv_ssd_bytes") and isinstance(value, str):
+        if name in SIZES and isinstance(value, str):
             value = parse_size(value)
         if name == "speculative_config" and value is not None:
             value = parse_speculation(value, origin)
@@ -271,20 +324,24 @@ def from_values(values: dict[str, Any], origin: str) -> dict[str, Any]:
     return out
 
 
-def resolve(flags: dict[str, Any], file: Path | None = None) -> tuple[Config, dict[str, str]]:
-    """The Config of defaults < file < flags, and for each field where its value came from."""
+def read_file(file: Path) -> dict[str, Any]:
+    """The settings of a TOML file, by field name. Raises `UserError`."""
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as e:
+        raise UserError(f"--config {file}: {e.strerror}", "config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"--config {file}: not TOML: {e}", "config") from None
+    return {k.replace("-", "_"): v for k, v in table.items()}
+
+
+def layered(layers: Sequence[tuple[dict[str, Any], str]], flags: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The Config of defaults < `layers` (values and where they come from) < flags, and for each field where its value came from."""
     origin = dict.fromkeys(Config.__struct_fields__, "default")
     values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            table = tomllib.loads(file.read_text())
-        except OSError as e:
-            raise UserError(f"--config {file}: {e.strerror}", "config") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-            raise UserError(f"--config {file}: not TOML: {e}", "config") from None
-        table = {k.replace("-", "_"): v for k, v in table.items()}
-        values |= from_values(table, str(file))
-        origin |= dict.fromkeys(table, f"file {file}")
+    for table, place in layers:
+        values |= from_values(table, place)
+        origin |= dict.fromkeys(table, place)
     values |= from_values(flags, "command line")
     if values.get("pd"):
         if "te" in values:
@@ -293,3 +350,70 @@ def resolve(flags: dict[str, Any], file: Path | None = None) -> tuple[Config, di
         origin["te"] = f"--pd {values['pd']}"
     origin |= {k: f"flag --{k.replace('_', '-')}" for k in flags}
     return Config(**values), origin
+
+
+def resolve(flags: dict[str, Any], file: Path | None = None) -> tuple[Config, dict[str, str]]:
+    """The Config of one model: defaults < TOML file < flags, and for each field where its value came from."""
+    return layered([] if file is None else [(read_file(file), f"file {file}")], flags)
+
+
+# Settings of a server, whatever the number of its models.
+SERVER_WIDE = (
+    "host",
+    "port",
+    "api_key",
+    "api_keys_file",
+    "memory_budget",
+    "weights_dram_bytes",
+    "warm_te",
+    "scale_without",
+    "shutdown_timeout",
+    "stall_timeout",
+)
+
+
+def several(flags: dict[str, Any], models: Sequence[str] = (), file: Path | None = None) -> list[tuple[Config, dict[str, str]]]:
+    """The Config of each model of a server, the default model's first, and for each field where its value came from.
+
+    The models are those named on the command line (`models`, or the flag), else the file's: its `model` first, then one for each
+    `[models.NAME]` table. Such a table has settings of one model: of the one called NAME, or of the `model` in it, which then
+    answers to NAME. Order: defaults < the file's settings < the model's table < flags. Raises `UserError`."""
+    flags, place = dict(flags), f"file {file}"
+    shared = {} if file is None else read_file(file)
+    tables = shared.pop("models", {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise UserError(f"{place}: models: write a table for each, for example [models.smollm2-135m-instruct]", "models")
+    flag, first = flags.pop("model", None), shared.pop("model", None)
+    if flag and models:
+        raise UserError(f"--model {flag} {' '.join(models)}: leave out --model, and name every model", "model")
+    if named := [*models] or [flag] * (flag is not None):
+        listed, origin = named, "command line"
+    else:
+        listed, origin = list(dict.fromkeys([*[first] * (first is not None), *tables])), place
+    if not listed:
+        listed, origin = [Config().model], "default"
+    if twice := [name for i, name in enumerate(listed) if name in listed[:i]]:
+        raise UserError(f"{twice[0]} is named twice; name each model once", "model")
+    for values, where in ((flags, "command line"), (shared, place)):
+        if len(listed) > 1 and "served_model_name" in values:
+            message = f"{where}: served-model-name can't be the name of all: {', '.join(listed)}"
+            raise UserError(f"{message}; give each its own in a [models.NAME] table of --config", "served_model_name")
+    made = []
+    for name in listed:
+        layers = [(shared, place), ({"model": name}, origin)]
+        if name in tables:
+            layers.append(own_settings(name, tables[name], f"{place} [models.{name}]"))
+        made.append(layered(layers, flags))
+    return made
+
+
+def own_settings(name: str, table: dict[str, Any], place: str) -> tuple[dict[str, Any], str]:
+    """What a `[models.NAME]` table sets, and where. Raises `UserError` naming a setting that is the server's."""
+    values = {k.replace("-", "_"): v for k, v in table.items()}
+    for field in SERVER_WIDE:
+        if field in values:
+            said = field.replace("_", "-")
+            raise UserError(f"{place}: {said} is for the whole server; write it above the tables, or as --{said}", field)
+    if "model" in values:
+        values.setdefault("served_model_name", [name])
+    return values, place

@@ -23,6 +23,7 @@ from engine.devices import Pending
 from engine.distflow import Completion
 from engine.executor import Executor
 from engine.handover import Done, Outbound
+from engine.rtc.news import News
 from engine.rtc.order import Order
 from engine.rtc.tiers import Tiers
 from engine.rtc.wire import Event, Fetched, Found, Gone, Measured, Saved, Stepped
@@ -38,6 +39,7 @@ from engine.types import (
     HandedOver,
     Link,
     Move,
+    Recount,
     Release,
     Share,
     Start,
@@ -59,14 +61,22 @@ class Inbox(Protocol):
     def rouse(self) -> None: ...
 
 
+# Made once, in the keeper: that takes 2 ms, and memory that TEs share.
+DECODER = msgspec.msgpack.Decoder(ToWorker)
 # An idle TE sleeps on its doorbell and only stamps its heartbeat this often (seconds).
 IDLE_BEAT = 1.0
-# An idle TE has memory for so many bytes of KV cache more than it uses, and gets it in such pieces: fresh memory takes up to 4 ms
-# a piece where the system must ask its host, 45 of the 445 ms of a prompt of 1024 tokens on the machine this was measured on.
-AHEAD_BYTES, PIECE_BYTES = 64 << 20, 2 << 20
+# An idle TE has memory for so much of its KV cache more than it uses, and gets it in such pieces: fresh memory takes up to 4 ms
+# a piece where the system must ask its host, 45 of the 445 ms of a prompt of 1024 tokens on the machine this was measured on. A
+# share of the cache, which is the smaller the more TEs the box is meant for: 64 MiB of the 4 GiB that a TE alone has at most.
+AHEAD_SHARE, PIECE_BYTES = 1 / 64, 2 << 20
+IDLE_ENOUGH = 0.1  # seconds without work before that begins: until then the next request may come, or other TEs be starting
 # Watermarks of the device's KV blocks: where fewer than the first share could be taken without losing one, idle blocks are copied
 # to a slower tier until it is the second; so many at once at most, so that a prompt's need of blocks finds most of them.
 LOW_SHARE, HIGH_SHARE, COPIED_SHARE = 1 / 2, 3 / 4, 1 / 8
+# Seconds from one news of KV blocks to the next while steps run: a message costs both ends some 20 µs, steps of small models take
+# less than a millisecond, and where a prompt's prefix was a moment ago is good enough to choose a TE by. What is left is told
+# before the TE sleeps.
+NEWS_SECONDS = 0.05
 
 
 class Core:
@@ -90,6 +100,8 @@ class Core:
         self.outbound = outbound
         self.tiers: Tiers | None = None  # the way to the DRAM and SSD tiers; None: there are none, or the master has it
         self.saving = False  # idle blocks are being copied out, up to the high watermark
+        self.news: News | None = None  # of KV blocks; None: they have no keys, or the master tells it
+        self.told = float("-inf")  # ... when it was, last; seconds of the clock
         self.agree = agree
         self.said = 0  # checksum of all ids sampled so far, with several ranks
         self.clock = clock
@@ -103,9 +115,8 @@ class Core:
         self.closing: deque[tuple[int, Sequence]] = deque()  # ended handovers, and how many steps must be over
         self.leaving = False
         blocks, nbytes = batch.rtc.blocks, executor.kv.nbytes
-        self.ahead, self.piece = AHEAD_BYTES * blocks // nbytes, max(1, PIECE_BYTES * blocks // nbytes)
+        self.ahead, self.piece = int(blocks * AHEAD_SHARE), max(1, PIECE_BYTES * blocks // nbytes)
         self.committed = 0  # KV blocks that there is memory for
-        self.decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def run(self, overlapped: bool) -> None:
         """Serve until a `Stop` arrives."""
@@ -141,9 +152,13 @@ class Core:
     def receive(self, idle: bool) -> None:
         """Take in what has arrived; with nothing to do, sleep until something does."""
         self.inbox.beat()
-        # Not while a receiver is to hear of a sequence, or takes its first step: a piece in between makes both twice as long.
-        while idle and not self.inbox.wait(0.0 if not self.batch.handing and self.commit_ahead() else IDLE_BEAT):
+        if idle:
+            self.tell_news(0.0)
+        patience = IDLE_ENOUGH
+        while idle and not self.inbox.wait(patience):
             self.inbox.beat()
+            # Not while a receiver is to hear of a sequence, or takes its first step: a piece in between makes both twice as long.
+            patience = 0.0 if not self.batch.handing and self.commit_ahead() else IDLE_BEAT
         messages, ends, events = self.inbox.receive(), self.drain(), self.tier_events()
         if self.agree is not None:
             messages, ends, events, _ = self.agree((messages, ends, events, self.said))
@@ -151,7 +166,7 @@ class Core:
         for event in events:
             self.hear(event)
         for data in messages:
-            self.obey(self.decoder.decode(data))
+            self.obey(DECODER.decode(data))
         if self.tiers is not None:
             for ticket, keys in self.batch.loads.lookups:
                 self.tiers.look_up(ticket, keys)
@@ -205,6 +220,9 @@ class Core:
             self.linked.unlink(message.te)
         elif isinstance(message, Forget):
             batch.rtc.forget(message.context)
+        elif isinstance(message, Recount):
+            if self.news is not None:
+                self.news.whole = True
         elif isinstance(message, Share):
             self.executor.device.set_share(message.percent)
         else:
@@ -360,3 +378,12 @@ class Core:
         for notice in self.batch.notices:  # after the tokens that they speak of
             self.tell(notice)
         self.batch.notices.clear()
+        self.tell_news(NEWS_SECONDS)
+
+    def tell_news(self, after: float) -> None:
+        """Tell which KV blocks came and went, where that was told last more than so many seconds ago."""
+        if self.news is None or (now := self.clock()) - self.told < after:
+            return
+        if (news := self.news.take()) is not None:
+            self.tell(news)
+            self.told = now

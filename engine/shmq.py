@@ -9,17 +9,23 @@ While both ends live nothing is lost and nothing comes twice; an end that dies l
 learns of the death calls `Receiver.receive` once more. Messages to a receiver that has closed go nowhere.
 """
 
-import asyncio
+from __future__ import annotations
+
 import ctypes
 import fcntl
+import mmap
 import os
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine import native
+
+if TYPE_CHECKING:  # a TE has no loop, and the import takes 3 MB
+    import asyncio
 
 MIN_CAPACITY, MAX_CAPACITY = 64, 1 << 30
 
@@ -286,7 +292,8 @@ class Receiver(_End):
     def __init__(self, fds: RingFds):
         super().__init__(fds, sends=False)
         self._pop = self._lib.ring_pop
-        self._buffer = bytearray(self.capacity // 2)  # no record is longer
+        # No record is longer. Memory comes as far as records have reached, which is a page or two of most queues.
+        self._buffer = mmap.mmap(-1, self.capacity // 2, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view = memoryview(self._buffer)
         self._ends = array("i", bytes(4 * POP_RECORDS))
         buffer_at = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))

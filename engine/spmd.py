@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
-from engine import native, shmq
+from engine import shmq
 from engine.devices import kv_pool
 from engine.rtc.wire import Event
 from engine.types import Failed, FromWorker, Ready, UserError
@@ -35,37 +35,41 @@ Turn = tuple[list[bytes], list[End], list[Event], int]
 
 @dataclass(slots=True)
 class Group:
-    """The descriptors of a TE's ranks: made before they are forked, owned by each process that has them."""
+    """The descriptors of a TE's ranks: the keeper makes them all, and sends each process those that are its own."""
 
     ranks: int
     memory: int  # memfds, empty so far: the device's and for the KV cache (`devices.Rank`)
     pool: int
-    down: list[shmq.RingFds]  # from the master to ranks 1, 2, ...
+    leash: tuple[int, int]  # a pipe: the master alone has the writing end (-1), the others have the reading end
+    down: list[shmq.RingFds]  # from the master to ranks 1, 2, ...; another rank has its two rings as its inbox and outbox
     up: list[shmq.RingFds]  # and back
-    leash: tuple[int, int]  # a pipe: the master alone keeps the writing end
-    pidfds: list[int] = field(default_factory=list)  # of the ranks forked so far
 
     def close(self) -> None:
-        for fd in (self.memory, self.pool, *self.leash, *self.pidfds):
-            os.close(fd)
+        for fd in (self.memory, self.pool, *self.leash):
+            if fd >= 0:
+                os.close(fd)
         for ring in (*self.down, *self.up):
             ring.close()
 
-    def bind(self, rank: int) -> None:
-        """In rank `rank`, just forked: end with the others from now on."""
-        reading, writing = self.leash
-        if rank:
-            os.close(writing)
-            native.watch_process(reading)
-        else:
-            for pidfd in self.pidfds:
-                native.watch_process(pidfd)
+    def numbers(self, rank: int) -> list[int]:
+        """What is sent to a rank, as `received` takes it."""
+        own = [self.memory, self.pool, self.leash[0 if rank else 1]]
+        rings = () if rank else (*self.down, *self.up)
+        return own + [fd for ring in rings for fd in ring.numbers()]
 
 
 def create(ranks: int) -> Group:
     """What `ranks` ranks need, the master counted in."""
     down, up = ([shmq.create() for _ in range(ranks - 1)] for _ in range(2))
-    return Group(ranks, os.memfd_create("deepserve-ranks", os.MFD_CLOEXEC), kv_pool.create(), down, up, os.pipe())
+    return Group(ranks, os.memfd_create("deepserve-ranks", os.MFD_CLOEXEC), kv_pool.create(), os.pipe(), down, up)
+
+
+def received(ranks: int, rank: int, numbers: list[int]) -> Group:
+    """In rank `rank`: what `Group.numbers` was, by the numbers that it has here."""
+    memory, pool, leash = numbers[:3]
+    rings = [shmq.RingFds(*numbers[at : at + 3]) for at in range(3, len(numbers), 3)]
+    ends = (leash, -1) if rank else (-1, leash)
+    return Group(ranks, memory, pool, ends, rings[: len(rings) // 2], rings[len(rings) // 2 :])
 
 
 class Leader:

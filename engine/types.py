@@ -32,9 +32,9 @@ class OutOfMemory(UserError):
     """Something does not fit; the text names the flag and a value that would."""
 
 
-# How packed matrices lie in memory. "rows": row-major, as in the file; "panels": as the compiled CPU kernels read them
-# (engine/native/cpu/cpu.h).
-WeightFormat = Literal["rows", "panels"]
+# How matrices lie in memory. "rows": row-major, as in the file; "panels": as the compiled CPU kernels read them
+# (engine/native/cpu/cpu.h); "nz": as an Ascend's matrix unit does, which nobody packs: its device makes it of rows.
+WeightFormat = Literal["rows", "panels", "nz"]
 # "auto": matrices that a GGUF file stores quantised stay so; "none": they are expanded to the dtype; "int8": those stored in
 # 16 or 32 bits are quantised at load. In rows nothing that a file quantised is kept, but "int8" quantises every matrix.
 Quantization = Literal["auto", "none", "int8"]
@@ -241,11 +241,15 @@ class Forget(Msg):
     context: str
 
 
+class Recount(Msg):
+    """Tell all blocks that there are: some of the `BlockNews` was lost."""
+
+
 class Stop(Msg):
     """Leave now. What is running is dropped."""
 
 
-ToWorker = Start | Abort | Adopt | Move | Release | Link | Unlink | Share | Forget | Stop
+ToWorker = Start | Abort | Adopt | Move | Release | Link | Unlink | Share | Forget | Recount | Stop
 
 
 class Load(msgspec.Struct, array_like=True, gc=False):
@@ -297,6 +301,18 @@ class DeviceMemory(msgspec.Struct, frozen=True, array_like=True, tag=True):
     device: int  # as the process that exported it counts
     name: bytes
     nbytes: int
+
+
+class WeightSource(msgspec.Struct, frozen=True, array_like=True):
+    """A running TE that a new one of the same model can take its weights from."""
+
+    te: int
+    description: Memory  # engine.weights.Description as msgpack: the model's config and the slabs' manifest
+    slabs: list[Memory | DeviceMemory]
+
+
+# How a TE came by its weights: from a running TE, from packed weights that the keeper had, or packed from the files for it.
+LoadPath = Literal["fork", "dram", "disk"]
 
 
 class KVLayout(msgspec.Struct, frozen=True, array_like=True):
@@ -405,6 +421,24 @@ class Ready(Msg):
     at: float  # CLOCK_MONOTONIC seconds, when this was sent
     memory: dict[str, int]  # bytes: weights, kv
     pool: Peer | None = None  # where other TEs on the box can map the KV cache
+    weights: WeightSource | None = None  # what new TEs can take their weights from
+    path: LoadPath = "disk"  # how it came by its own
+    source: int = -1  # with "fork": the TE it took them from
+    mapped: bool = False  # ... whose memory it uses, on an accelerator: it can't outlive that TE
+    fell: list[str] = []  # what was tried before, and why it failed
+    ranks: list[int] = []  # process ids of the TE's other ranks
+
+
+class BlockNews(Msg):
+    """Which KV blocks with a key a TE has got and lost since the last news; keys are 16 bytes each, one behind the other."""
+
+    number: int  # counts up by one: a gap means that news was lost
+    stored: bytes = b""
+    evicted: bytes = b""
+    dram: bytes = b""  # of the box's slower tiers, as this TE heard of them
+    ssd: bytes = b""
+    gone: bytes = b""  # ... and what is in none of them any more
+    whole: bool = False  # this is all that it has: what was known before is void
 
 
 class Failed(Msg):
@@ -414,4 +448,4 @@ class Failed(Msg):
     param: str | None = None
 
 
-FromWorker = Ready | Tokens | Reserved | HandedOver | Adopted | Closed | Refused | Failed
+FromWorker = Ready | Tokens | Reserved | HandedOver | Adopted | Closed | Refused | BlockNews | Failed

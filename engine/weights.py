@@ -10,8 +10,9 @@ import json
 import logging
 import mmap
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -235,6 +236,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 # GGML's types that have kernels of their own, and are packed without loss.
 KEPT = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0", "Q4_K": "q4_k", "Q6_K": "q6_k"}
 SOME_BYTES = 1 << 20  # of a matrix packed at a time, so that what is read stays in cache
+PROGRESS_SECONDS = 0.1  # between two reports: a person reads no faster
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -258,6 +260,17 @@ class Manifest(msgspec.Struct, frozen=True):
     slabs: list[int]  # bytes of each
     nbytes: int  # of all slabs
     format: WeightFormat = "rows"  # of matrices
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What a TE must know of packed weights besides their bytes. It lies in a memfd of its own beside the slabs, as msgpack."""
+
+    config: dict[str, Any]  # the model's
+    manifest: Manifest
+    placed: Manifest | None = None  # of the slabs on the device of a TE that has one (engine/weight_slabs.py)
+
+
+DESCRIPTION = msgspec.msgpack.Decoder(Description)  # made where TEs are forked from, since making it takes longer than using it
 
 
 class Piece(NamedTuple):
@@ -332,8 +345,15 @@ def packed_size(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Pa
     return slab_bytes(layout(checkpoint, specs, packing))
 
 
-def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, fd: int) -> Manifest:
-    """Write the tensors of `specs` into the memfd `fd`. Raises `UserError` where the checkpoint doesn't fit them."""
+def pack(
+    checkpoint: Checkpoint,
+    specs: Sequence[WeightSpec],
+    packing: Packing,
+    fd: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Manifest:
+    """Write the tensors of `specs` into the memfd `fd`. `progress` is told at times how many bytes of how many are there.
+    Raises `UserError` where the checkpoint doesn't fit the specs."""
     pieces = layout(checkpoint, specs, packing)
     report_unused(checkpoint, specs)
     report_repacked(checkpoint, pieces)
@@ -356,8 +376,16 @@ def pack(checkpoint: Checkpoint, specs: Sequence[WeightSpec], packing: Packing, 
         return Entry(piece.name, piece.dtype, piece.shape, piece.format, *place, checksum(data), piece.kind)
 
     # numpy gives up the interpreter lock inside its loops: a second thread nearly halves the time, more wait for the lock.
+    entries: list[Entry] = []
+    done, total, told = 0, sum(piece.nbytes for piece in pieces), time.monotonic()
     with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
-        entries = list(pool.map(write, pieces))
+        for entry in pool.map(write, pieces):
+            entries.append(entry)
+            done += entry.nbytes
+            if time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                progress(done, total)
+    progress(total, total)
     return Manifest(entries, [size], size, packing.format)
 
 
@@ -447,11 +475,40 @@ def report_repacked(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
             log.warning("event=weights_repacked path=%s type=%s to=int8 tensors=%d", checkpoint.path, name, count)
 
 
-def map_slabs(manifest: Manifest, fds: Sequence[int]) -> dict[str, list[WeightPart]]:
-    """Each packed tensor's parts, read-only, over mappings that live as long as the views."""
-    slabs = [map_slab(fd, size) for fd, size in zip(fds, manifest.slabs, strict=True)]
+def describe(fd: int, description: Description) -> None:
+    """Write a description into the memfd `fd`, whole."""
+    data = msgspec.msgpack.encode(description)
+    os.ftruncate(fd, len(data))
+    os.pwrite(fd, data, 0)
+
+
+def read_description(fd: int) -> Description:
+    """What `describe` has written."""
+    return DESCRIPTION.decode(os.pread(fd, os.fstat(fd).st_size, 0))
+
+
+def map_slabs(manifest: Manifest, fds: Sequence[int], copy: bool = False) -> dict[str, list[WeightPart]]:
+    """Each packed tensor's parts, read-only, over mappings that live as long as the views; `copy`: over private copies of the
+    slabs."""
+    take = copy_slab if copy else map_slab
+    slabs = [take(fd, size) for fd, size in zip(fds, manifest.slabs, strict=True)]
     parts: dict[str, list[WeightPart]] = {}
     for e in manifest.entries:
         data = slabs[e.slab][e.offset : e.offset + e.nbytes]
         parts.setdefault(e.name, []).append(WeightPart(data, e.dtype, e.shape, e.kind, e.format))
     return parts
+
+
+def copy_slab(fd: int, nbytes: int) -> memoryview:
+    """All of a memfd in memory of this process's own, in huge pages where the system has them."""
+    if not nbytes:
+        return memoryview(b"")
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)
+    at = 0
+    while at < nbytes:  # Linux reads 2 GiB at once and no more
+        read = os.preadv(fd, [view[at:]], at)
+        assert read, "a slab is never shortened"
+        at += read
+    return view.toreadonly()

@@ -1,8 +1,8 @@
 """The TE-shell: what a forked task executor does from its first line to its last.
 
-warm -> load -> serve -> leave. The keeper forks this process with code imported and no device touched; `main` maps the
-packed weights, builds the engine, answers a dummy request of its own, announces itself and serves until told to stop.
-It ends with the control process, whatever killed that: a native thread watches it.
+warm -> load -> serve -> leave. The process has its code imported (scale/warm.py) and is nobody yet; its Birth makes it the master
+or a rank of a TE. `main` maps the packed weights, builds the engine, answers a dummy request of its own, announces itself and
+serves until told to stop. What the weights lie in stays open here, so that the next TE can take them from this one.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import cast
 
 import msgspec
 
-from engine import capacity, models, native, shmq, spmd, weights
+from engine import capacity, models, native, shmq, spmd, weight_slabs, weights
 from engine.batch import Batch
-from engine.config import Config, has_tiers, ranks, seats
+from engine.config import Config, Seat, has_tiers
 from engine.core import Core, Inbox
-from engine.devices import ALONE, KVCache, Rank, kind, open_device
-from engine.devices.kv_pool import KVPool
+from engine.devices import ALONE, KVCache, Rank, SlabDevice, kind, open_device
+from engine.devices.kv_pool import KVPool, shown
 from engine.distflow import DistFlow
 from engine.executor import Executor
 from engine.handover import Outbound
 from engine.rtc import RTC
+from engine.rtc.news import News
 from engine.rtc.tiers import Access, Tiers, measured
 from engine.rtc.wire import Measured
 from engine.types import (
@@ -36,6 +38,7 @@ from engine.types import (
     FromWorker,
     Handover,
     Load,
+    LoadPath,
     Memory,
     Peer,
     Ready,
@@ -44,6 +47,7 @@ from engine.types import (
     Start,
     Tokens,
     UserError,
+    WeightSource,
     pack_ids,
 )
 
@@ -55,33 +59,78 @@ PROBE_TOKENS = 64
 LEAVING_SECONDS = 1.5
 
 
-@dataclass(slots=True)
-class Birth:
-    """All that a TE is given when it is forked. Descriptors are owned by the new process."""
+class Birth(msgspec.Struct, array_like=True):
+    """All that a process is told to be a TE, or a rank of one. Its descriptors travel beside it (`Handles`)."""
 
     te: int
     config: Config  # resolved
-    model_config: dict[str, Any]
-    manifest: weights.Manifest
-    slabs: list[int]  # memfds of packed weights
+    threads: int
+    seat: Seat
+    ranks: int
+    rank: int  # another than 0 has the master at the other end of its rings
+    index: int  # of this rank, among the cores or devices of the box
+    reachable: bool  # other TEs may use its KV pool
+    lends: bool  # ... and one computes in it
+    lender: Memory | None  # the KV pool to be used instead of an own one: the other worker's of a semi pair
+    began: float  # CLOCK_MONOTONIC seconds, when the keeper set about it
+    slabs: int  # of packed weights, whose descriptors come with this
+    path: LoadPath  # how the slabs came
+    source: int  # with "fork": the TE whose they are
+    sources: list[WeightSource]  # running TEs of the same device to ask first, where this process alone can reach their memory
+    fell: list[str]  # what the keeper has tried, and why it failed
+    tiers: Access | None  # to the DRAM and SSD tiers, where there are any; of several ranks the master has it
+
+
+BIRTH = msgspec.msgpack.Decoder(Birth)  # made where TEs are forked from: that takes 2 ms
+
+
+@dataclass(slots=True)
+class Handles:
+    """The descriptors of a Birth. They belong to the new process."""
+
     inbox: shmq.RingFds
     outbox: shmq.RingFds
-    control: int  # pidfd of the control process
-    threads: int
-    forked_at: float  # CLOCK_MONOTONIC seconds, before the fork
-    group: spmd.Group | None = None  # of a TE with several ranks
-    rank: int = 0  # another than 0 has the master at the other end of its rings
-    tiers: Access | None = None  # to the DRAM and SSD tiers, where there are any; of several ranks the master has it
-    lender: Memory | None = None  # the KV pool to be used instead of an own one: the other worker's of a semi pair
+    description: int  # memfd: weights.Description
+    slabs: list[int]  # memfds
+    group: list[int]  # spmd.Group.numbers, of a TE with several ranks
+    ranks: list[int]  # pidfds of the other ranks: the master has them
+    tiers: list[int]  # Access.socket, Access.pool where there are any
+
+    def numbers(self) -> list[int]:
+        rings = [*self.inbox.numbers(), *self.outbox.numbers()]
+        return [*rings, self.description, *self.slabs, *self.ranks, *self.tiers, *self.group]
 
 
-def main(birth: Birth) -> int:
-    """Run a TE; the process's exit status. Never raises: what goes wrong is told in a `Failed` message."""
-    native.watch_process(birth.control)
+def received(birth: Birth, numbers: list[int]) -> Handles:
+    """What `Handles.numbers` was, by the numbers that the descriptors have here."""
+    left = iter(numbers)
+
+    def take(count: int) -> list[int]:
+        return list(islice(left, count))
+
+    inbox, outbox = shmq.RingFds(*take(3)), shmq.RingFds(*take(3))
+    (description,) = take(1)
+    slabs = take(birth.slabs)
+    ranks = take(0 if birth.rank else birth.ranks - 1)
+    tiers = take(0 if birth.tiers is None else 1 + (birth.tiers.pool >= 0))
+    if birth.tiers is not None:
+        birth.tiers.socket, birth.tiers.pool = (*tiers, -1)[:2]
+    return Handles(inbox, outbox, description, slabs, list(left), ranks, tiers)
+
+
+def main(birth: Birth, handles: Handles) -> int:
+    """Run a TE in a process that already ends with the control process; the exit status. Never raises: what goes wrong is told in
+    a `Failed` message."""
     native.set_process_name(f"deepserve-te{birth.te}" + (f".{birth.rank}" if birth.rank else ""))
-    if birth.group is not None:
-        birth.group.bind(birth.rank)
-    outbox = shmq.Sender(birth.outbox)
+    group = None
+    if birth.ranks > 1:
+        group = spmd.received(birth.ranks, birth.rank, handles.group)
+        for other in (group.leash[0],) if birth.rank else handles.ranks:
+            native.watch_process(other)  # no rank outlives another
+            os.close(other)
+    inbox, outbox = shmq.Receiver(handles.inbox), shmq.Sender(handles.outbox)
+    handles.inbox.close()
+    handles.outbox.close()
     encoder = msgspec.msgpack.Encoder()
 
     def tell(message: FromWorker) -> None:
@@ -89,7 +138,7 @@ def main(birth: Birth) -> int:
         outbox.flush_blocking(None)  # a control process that doesn't read is gone soon, and this one with it
 
     try:
-        serve(birth, shmq.Receiver(birth.inbox), tell)
+        serve(birth, handles, group, inbox, tell)
     except UserError as e:
         tell(Failed(str(e), e.param))
         if birth.rank:
@@ -106,13 +155,19 @@ def main(birth: Birth) -> int:
     return 0
 
 
-def serve(birth: Birth, ring: shmq.Receiver, tell: Callable[[FromWorker], None]) -> None:
+def serve(
+    birth: Birth, handles: Handles, group: spmd.Group | None, ring: shmq.Receiver, tell: Callable[[FromWorker], None]
+) -> None:
     config = birth.config
-    leader = spmd.Leader(birth.group) if birth.group is not None and not birth.rank else None
+    leader = None
+    if group is not None and not birth.rank:
+        leader = spmd.Leader(group)
+        for queue in (*group.down, *group.up):
+            queue.close()
     follower = spmd.Follower(ring) if birth.rank else None
     inbox: Inbox = follower or ring
     steps: dict[str, float] = {}
-    marked = birth.forked_at
+    marked = birth.began
 
     def mark(step: str) -> None:
         nonlocal marked
@@ -121,31 +176,44 @@ def serve(birth: Birth, ring: shmq.Receiver, tell: Callable[[FromWorker], None])
         marked = now
 
     inbox.beat()
-    rank = Rank(birth.rank, birth.group.ranks, birth.group.memory, birth.group.pool) if birth.group is not None else ALONE
-    index = sum(ranks(config)[: birth.te]) + rank.index
-    cores = capacity.cores_for(index, birth.threads, os.sched_getaffinity(0)) if config.pin_threads else None
+    rank = Rank(birth.rank, group.ranks, group.memory, group.pool) if group is not None else ALONE
+    description = weights.read_description(handles.description)
+    manifest = description.manifest
+    cores = capacity.cores_for(birth.index, birth.threads, os.sched_getaffinity(0)) if config.pin_threads else None
     device = open_device(
-        config.device, config.dtype, birth.threads, birth.manifest.format, cores, index, config.kv_cache_dtype, rank
+        config.device, config.dtype, birth.threads, manifest.format, cores, birth.index, config.kv_cache_dtype, rank
     )
-    model = models.build(birth.model_config, rank.index, rank.count)
+    model = models.build(description.config, rank.index, rank.count)
     mark("te_pre_load")
-    mapped = weights.map_slabs(birth.manifest, birth.slabs)
-    tensors = {name: device.weight(parts) for name, parts in model.own(mapped).items()}
+    own_memory, path, fell = kind(config.device).own_memory, birth.path, birth.fell
+    held: weight_slabs.Loaded | None = None
+    source: WeightSource | None
+    if own_memory:
+        packed = weights.map_slabs(manifest, handles.slabs) if handles.slabs else None
+        held = weight_slabs.load(cast(SlabDevice, device), model.own, birth.sources, packed)
+        tensors, fell = held.tensors, [*fell, *held.fell]
+        path = held.path if path == "fork" else path
+        source = offered(held, birth, description)
+    else:
+        mapped = weights.map_slabs(manifest, handles.slabs, copy="fork" in config.scale_without)
+        tensors = {name: device.weight(parts) for name, parts in model.own(mapped).items()}
+        source = WeightSource(birth.te, shown(handles.description), [shown(slab) for slab in handles.slabs])
     assert config.max_model_len and config.block_size and config.max_num_batched_tokens, "the Config is not resolved"
     model.bind(device, tensors, config.max_model_len)
     mark("te_load")
     block_bytes = capacity.kv_bytes_per_token(model, config.dtype, config.kv_cache_dtype) * config.block_size
     kv_bytes = config.kv_cache_memory_bytes
-    if kind(config.device).own_memory:
+    if own_memory:
         kv_bytes = capacity.own_kv_bytes(config, model, device.free_bytes() * rank.count)
     assert kv_bytes, "the Config is not resolved"
     blocks = kv_bytes // block_bytes
     kv = device.kv_cache(model.layers, blocks, config.block_size, model.own_kv_heads, model.head_dim, birth.lender)
-    lends = any(seat.lender == birth.te for seat in seats(config))
+    if "lazy-kv" in config.scale_without:
+        kv.commit(blocks)
     # A pool that two workers use has one allocator, the decode worker; but its last block is for the other's dummy request.
-    own_blocks = 0 if birth.lender is not None else blocks - lends
+    own_blocks = 0 if birth.lender is not None else blocks - birth.lends
     # An accelerator's memory is taken at once: there recycling idle blocks early would spare nothing.
-    reach = None if kind(config.device).own_memory else capacity.reach_of(blocks, block_bytes)
+    reach = None if own_memory else capacity.reach_of(blocks, block_bytes)
     batch = Batch(
         RTC(own_blocks, config.block_size, config.enable_prefix_caching, reach),
         max_seqs=config.max_num_seqs,
@@ -153,7 +221,7 @@ def serve(birth: Birth, ring: shmq.Receiver, tell: Callable[[FromWorker], None])
         max_len=config.max_model_len,
         speculation=config.speculative_config,
     )
-    batch.lends = lends
+    batch.lends = birth.lends
     executor = Executor(device, model, kv, batch.tables, config.block_size, config.max_num_batched_tokens)
     ready = Ready(
         te=birth.te,
@@ -162,22 +230,31 @@ def serve(birth: Birth, ring: shmq.Receiver, tell: Callable[[FromWorker], None])
         block_size=config.block_size,
         steps=steps,
         at=time.monotonic(),
-        memory={"weights": birth.manifest.nbytes, "kv": kv.nbytes},
+        memory={"weights": manifest.nbytes if held is None else held.placed.nbytes, "kv": kv.nbytes},
+        weights=source,
+        path=path,
+        source=birth.source if held is None else held.source,
+        mapped=held is not None and held.slabs.mapped,
+        fell=fell,
     )
     if follower is not None:
         # Before the first step: a rank that can't come so far says why, and nobody waits for it in the middle of one.
         tell(ready)
         tell = keep_quiet
     elif leader is not None:
-        ready.memory["kv"] += sum(other.memory["kv"] for other in leader.gather())
+        others = leader.gather()
+        ready.memory["kv"] += sum(other.memory["kv"] for other in others)
+        ready.ranks = [other.pid for other in others]
     dummy_request(batch, executor, inbox, blocks - 1 if birth.lender is not None else None)
     mark("te_post_load")
-    group = leader or follower
-    core = Core(batch, executor, inbox, tell, agree=group.agree if group is not None else None)
+    end = leader or follower
+    core = Core(batch, executor, inbox, tell, agree=end.agree if end is not None else None)
     if has_tiers(config) and birth.lender is None:
         speed = prefill_speed(config, core)
         if birth.tiers is not None:
             open_tiers(birth.tiers, birth.te, config, core, speed)
+    if config.enable_prefix_caching and follower is None and birth.lender is None:
+        core.news = News(batch.rtc, core.tiers)
     ready.pool = to_be_shown(birth, kv)
     if ready.pool is not None and kv.pool is not None:
         flow = DistFlow(kv.pool.whole, birth.te) if follower is None else None
@@ -191,8 +268,20 @@ def serve(birth: Birth, ring: shmq.Receiver, tell: Callable[[FromWorker], None])
     if core.outbound is not None:
         core.outbound.end()
     device.close()
+    if held is not None and held.slabs.mapped:
+        held.slabs.close()  # before their owner's: the runtime wants that order
     if leader is not None:
         leader.part()
+
+
+def offered(held: weight_slabs.Loaded, birth: Birth, description: weights.Description) -> WeightSource | None:
+    """What other TEs can take weights by that lie on a device. None where they can't: it is another TE's memory, one of several
+    ranks has only its part of them, or the runtime refuses."""
+    try:
+        return weight_slabs.export(held, birth.te, description) if birth.ranks == 1 else None
+    except OSError as e:
+        log.warning("event=weights_not_shown te=%d why=%s", birth.te, e)
+        return None
 
 
 def prefill_speed(config: Config, core: Core) -> float:
@@ -211,13 +300,13 @@ def to_be_shown(birth: Birth, kv: KVCache) -> Peer | None:
     """What other TEs, if there are any, are told of the KV cache. None also where they can't reach it; that raises `UserError`
     where --pd needs it."""
     config = birth.config
-    if kv.pool is None or kv.layout is None or birth.lender is not None or config.te == 1:
+    if kv.pool is None or kv.layout is None or birth.lender is not None or not birth.reachable:
         return None
     assert config.block_size
     try:
         return Peer(birth.te, kv.pool.memory, kv.layout, config.block_size)
     except UserError as e:
-        if config.pd:
+        if birth.seat.role in ("prefill", "decode"):
             raise UserError(f"--pd {config.pd}: {e}; leave it out", "pd") from None
         log.warning("event=kv_cache_not_shown te=%d why=%s", birth.te, e)
         return None

@@ -46,6 +46,8 @@ class TierHost:
         self.model = ssd.fingerprint(*facts, [(e.name, e.dtype, e.shape, e.checksum) for e in manifest.entries])
         self.each = each
         self.fd, self.slots, dram, files = -1, config.kv_dram_bytes // each, None, None
+        self.generations: mmap.mmap | None = None
+        self.leaving = False  # with the last TE
         if self.slots:
             first, nbytes = geometry(self.slots, each)
             try:
@@ -53,7 +55,7 @@ class TierHost:
                 os.ftruncate(self.fd, nbytes)
                 # A TE that maps it must never find it shorter: that would kill it with SIGBUS.
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-                generations = mmap.mmap(self.fd, first)
+                self.generations = generations = mmap.mmap(self.fd, first)
             except (OSError, ValueError, OverflowError) as e:
                 raise UserError(
                     f"--kv-dram-bytes {config.kv_dram_bytes}: can't be mapped ({e}); use less", "kv_dram_bytes"
@@ -74,11 +76,6 @@ class TierHost:
         self.sockets[te] = ours
         self.selector.register(ours, selectors.EVENT_READ, lambda: self.receive(te, ours))
         return Access(theirs.detach(), self.model, self.fd, self.slots, self.each, self.folder)
-
-    def in_child(self) -> None:
-        """A forked child holds none of the keeper's ends: with one left open, a TE would not notice the keeper's death."""
-        for ours in self.sockets.values():
-            ours.close()
 
     def receive(self, te: int, ours: socket.socket) -> None:
         """Answer a TE, or see that it has gone."""
@@ -102,3 +99,16 @@ class TierHost:
             self.selector.unregister(ours)
             ours.close()
             self.pool.leave(te, time.monotonic())
+            if self.leaving and not self.sockets:
+                self.end()
+
+    def leave(self) -> None:
+        """The model is forgotten: let the DRAM tier go, once no TE has it. Files stay."""
+        self.leaving = True
+        if not self.sockets:
+            self.end()
+
+    def end(self) -> None:
+        if self.generations is not None:
+            self.generations.close()
+            os.close(self.fd)

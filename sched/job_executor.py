@@ -14,11 +14,13 @@ from random import Random
 
 import msgspec
 
-from engine.config import Config
+from engine.config import Config, Role
+from engine.rtc.keys import block_keys, root_key
 from engine.tokenizer import Tokenizer
 from engine.types import (
     Abort,
     Adopted,
+    BlockNews,
     Closed,
     Finish,
     Forget,
@@ -27,28 +29,37 @@ from engine.types import (
     Handover,
     Move,
     PromptDone,
+    Recount,
     Refused,
     Reserved,
     SamplingParams,
+    Share,
     TokenLogprobs,
     Tokens,
     pack_ids,
     sequence_id,
     split_sequence_id,
 )
-from sched.admission import queue_is_full, retry_after
+from scale.autoscale import Signals
+from sched.admission import Refusal, Targets, out_of_reach, queue_is_full, retry_after
 from sched.cluster import TE
 from sched.handover import Passage, Passages, say
 from sched.job import Job, Request, Task, born
 from sched.live import LiveRequest, LiveSample, LiveTask
 from sched.metrics import Metrics
 from sched.policy import Choice, Snapshot, least_loaded, takes_over
+from sched.prompt_tree import PromptTree
 from sched.semi import SemiPairs
+from sched.shares import WHOLE
+from sched.slo import Slo
 from sched.stream import Delta, Overloaded, Stream, Submission, TaskFailed, Unavailable
 from sched.text import Text
 
-# A task whose TE dies under it this often is taken for the cause and failed instead of replayed once more.
+# A task under which so many TEs die in a row, none of them with a new token, is taken for the cause and failed.
 MAX_ATTEMPTS = 4
+# Of a prompt, KV blocks that are looked for in the prompt tree: hashing them takes a third of a millisecond, and more than 4000
+# tokens outweigh any load.
+MOST_KEYS = 256
 KEPT_REQUESTS = 4096  # ended requests that `GET /v1/jobs` still finds
 RATE_WINDOW = 64  # ended sequences that the predicted wait is judged by
 
@@ -58,8 +69,19 @@ class JobExecutor:
 
     tokenizer: Tokenizer  # set before the first `admit`; TEs may come earlier
 
-    def __init__(self, config: Config, metrics: Metrics, rng: Random, clock: Callable[[], float] = time.monotonic):
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        rng: Random,
+        clock: Callable[[], float] = time.monotonic,
+        used: Callable[[], None] = lambda: None,
+    ):
+        """`used` is called when a request has come, and when the last one has ended."""
+        self.used = used
+        self.seats = config.te  # TEs that there are, or are on their way
+        self.ahead: int | None = None  # sequences that a TE gets beyond those it runs at once; None: any number
+        self.slo = Slo(config)
         self.metrics = metrics
         self.rng = rng
         self.clock = clock
@@ -69,6 +91,9 @@ class JobExecutor:
         self.moves: dict[int, tuple[LiveTask, TE]] = {}  # sequences that another TE is to reserve for, and that TE
         self.pairs = SemiPairs(config)
         self.held: deque[LiveTask] = deque()  # tasks without a TE
+        self.newest = ""  # what was last told of a model that comes up
+        assert config.block_size is not None
+        self.tree = PromptTree(config.block_size)  # which TE has which KV blocks
         self.homes: dict[str, int] = {}  # explicit context -> the TE that computed it, or went on from it, last
         self.requests: OrderedDict[str, Request] = OrderedDict()
         self.by_trace: dict[str, str] = {}
@@ -76,8 +101,12 @@ class JobExecutor:
         self.outstanding = 0  # sequences admitted and not ended
         self.ended: deque[float] = deque(maxlen=RATE_WINDOW)  # when the newest sequences ended
         self.idle_listeners: list[Callable[[], None]] = []
+        self.follow(config)
+
+    def follow(self, config: Config) -> None:
+        """The model's files were read, or read again."""
         assert config.max_model_len is not None
-        self.max_len = config.max_model_len
+        self.config, self.max_len = config, config.max_model_len
 
     # ---- requests ---------------------------------------------------------------------------------------------------
     def admit(self, submission: Submission) -> LiveRequest:
@@ -93,19 +122,39 @@ class JobExecutor:
         self.remember(record)
         count = len(submission.prompts) * params.n
         config = self.config
-        if queue_is_full(self.outstanding, count, config.te, config.max_num_seqs, config.max_num_queued_reqs):
+        if queue_is_full(self.outstanding, count, self.seats, config.max_num_seqs, config.max_num_queued_reqs):
             record.life.move("refuse", now)
             self.metrics.refusals.labels(self.metrics.model, "queue_full").inc()
-            wait = retry_after(self.outstanding - config.te * config.max_num_seqs, self.rate())
+            wait = retry_after(self.outstanding - self.seats * config.max_num_seqs, self.rate())
             raise Overloaded(f"the queue is full: {self.outstanding} sequences are running or waiting", wait)
+        if submission.reject_late and (refusal := self.too_late(submission)) is not None:
+            record.life.move("refuse", now)
+            self.metrics.refusals.labels(self.metrics.model, refusal.cause).inc()
+            raise Overloaded(refusal.message, refusal.retry_after, refusal.cause)
         live = LiveRequest(record, submission, Stream(count), self.clock(), open_samples=count)
         record.life.move("admit", now)
         self.outstanding += count
+        self.used()
         for index, prompt in enumerate(submission.prompts):
             self.start_job(live, index, prompt)
         live.stream.usage.prompt_tokens = record.prompt_tokens = sum(map(len, submission.prompts))
         self.metrics.prompt_tokens.inc(record.prompt_tokens)
+        if self.newest and not self.tes:
+            live.stream.note(self.newest)
         return live
+
+    def too_late(self, submission: Submission) -> Refusal | None:
+        """The refusal of a request whose targets or deadline can't be met, going by how requests fared lately and by those that
+        wait now."""
+        config, now = self.config, self.clock()
+        targets = Targets(
+            submission.slo_ttft_ms or config.slo_ttft_ms,
+            submission.slo_tpot_ms or config.slo_tpot_ms,
+            1e3 * (submission.deadline - now) if submission.deadline else None,
+        )
+        rate, waiting = self.rate(), max(0, self.outstanding - self.seats * config.max_num_seqs)
+        wait = max(waiting / rate if rate else 0.0, *(now - entry.request.arrived for entry in self.held), 0.0)
+        return out_of_reach(targets, 1e3 * (wait + self.slo.usual_ttft), 1e3 * self.slo.usual_tpot, self.outstanding, rate)
 
     def start_job(self, live: LiveRequest, index: int, prompt: array[int]) -> None:
         """One serving job with one unified task for one prompt."""
@@ -185,6 +234,7 @@ class JobExecutor:
             if (move := self.moves.pop(name, None)) is not None:
                 say(move[1], Abort(*split_sequence_id(name)))
         te.sequences -= entry.open_samples
+        te.look_whether_drained()
         self.uncharge(entry)
         if entry.prefill_task is not None and not entry.prefill_task.life.over:
             entry.prefill_task.life.move("cancel", time.time())
@@ -196,6 +246,8 @@ class JobExecutor:
         if entry.prefill is not None and entry.te is not None:
             entry.te.expecting -= 1
             entry.prefill.computing -= 1
+            entry.te.look_whether_drained()
+            entry.prefill.look_whether_drained()
             entry.prefill = None
 
     def uncharge(self, entry: LiveTask) -> None:
@@ -208,27 +260,86 @@ class JobExecutor:
     def place(self) -> None:
         """Give held tasks to TEs while there are any."""
         while self.held:
-            together = self.held[0].params.prompt_logprobs is not None  # most of the work is the prompt, and no token need follow
-            submission = self.held[0].request.submission
-            choice = least_loaded(self.snapshots(submission), together)
+            entry = self.held[0] if self.ahead is None else self.foremost()
+            together = entry.params.prompt_logprobs is not None  # most of the work is the prompt, and no token need follow
+            submission = entry.request.submission
+            choice = least_loaded(self.snapshots(entry), together)
             if choice is None:
                 return
             if submission.context:
                 self.homes[submission.context] = choice.prefill
-            self.dispatch(self.held.popleft(), choice)
+            self.held.remove(entry)
+            self.dispatch(entry, choice)
 
-    def snapshots(self, submission: Submission | None = None) -> list[Snapshot]:
-        """The TEs, as they are for any task or for one of `submission`.
+    def foremost(self) -> LiveTask:
+        """The held task that is next: as in a TE, the lowest priority number, then the oldest."""
+        return min(self.held, key=lambda entry: entry.request.submission.priority)
+
+    def cached(self, entry: LiveTask) -> dict[int, int]:
+        """Tokens of a task's prompt whose KV each TE is thought to have, by TE."""
+        if len(self.tes) < 2:
+            return {}
+        submission, size = entry.request.submission, self.tree.block_size
+        if entry.keys is None:
+            blocks = min((entry.prompt_tokens - 1) // size, MOST_KEYS)  # one token is always computed
+            ids = memoryview(entry.prompt)[: blocks * size * 4]
+            entry.keys = list(block_keys(root_key(submission.salt), ids, size))
+        found = self.tree.match(entry.keys)
+        cached = dict(zip(found.tes.tolist(), (found.blocks * size).tolist(), strict=True))
+        if submission.context and (home := self.homes.get(submission.context, -1)) >= 0:
+            cached[home] = max(cached.get(home, 0), submission.context_tokens)
+        return cached
+
+    def snapshots(self, entry: LiveTask | None = None) -> list[Snapshot]:
+        """The TEs, as they are for any task or for this one.
 
         Without those whose role has changed, until what they had to do with others in the one before is through: of two TEs that
         are full of sequences whose prompts are to be computed by the other, none would ever have room for a prompt."""
-        home = self.homes.get(submission.context, -1) if submission is not None else -1
-        cached = submission.context_tokens if submission is not None else 0
+        cached = self.cached(entry) if entry is not None else {}
         return [
-            Snapshot(te.id, te.sequences, te.prompt_tokens, te.role, te.lender, cached if te.id == home else 0)
+            Snapshot(te.id, te.sequences, te.prompt_tokens, te.role, te.lender, cached.get(te.id, 0))
             for te in self.tes.values()
-            if te.state == "ready" and not (te.expecting if te.role == "prefill" else te.role == "decode" and te.computing)
+            if te.state == "ready"
+            and not te.draining
+            and not (te.expecting if te.role == "prefill" else te.role == "decode" and te.computing)
+            and (self.ahead is None or te.sequences < self.config.max_num_seqs + self.ahead)
         ]
+
+    def progress(self, line: str) -> None:
+        """Tell those whose requests wait for a TE, and who comes while there is none, how that comes along."""
+        self.newest = line
+        for request in {entry.request.record.id: entry.request for entry in self.held}.values():
+            request.stream.note(line)
+
+    def signals(self, role: Role, idle_s: float, now: float) -> Signals:
+        """What the autoscaler is told of the TEs of a role since the last time."""
+        tes = [te for te in self.tes.values() if te.role == role and te.state == "ready" and not te.draining]
+        draining = sum(te.role == role and te.draining for te in self.tes.values())
+        waiting = sum(te.load.waiting for te in tes)
+        running = max(0, sum(te.sequences for te in tes) - waiting)
+        held = sum(entry.open_samples for entry in self.held)
+        blocks = sum(te.load.blocks_total for te in tes)
+        oldest = max((self.clock() - e.request.arrived for e in self.held), default=0.0)
+        rate = self.rate()
+        behind = (held + waiting) / rate if rate and held + waiting else 0.0
+        seen = self.slo.take(role)
+        return Signals(
+            now=now,
+            ready=len(tes),
+            starting=0,
+            queued=held + waiting,
+            running=running,
+            slots=self.config.max_num_seqs,
+            predicted_wait_s=max(oldest, behind),
+            kv_usage=sum(te.load.blocks_used for te in tes) / blocks if blocks else 0.0,
+            ttft_misses=seen.ttft_misses,
+            ttft_total=seen.ttft_total,
+            tpot_misses=seen.tpot_misses,
+            tpot_total=seen.tpot_total,
+            idle_s=idle_s,
+            draining=draining,
+            role=role,
+        )
 
     def forget_context(self, id: str) -> None:
         """An explicit context was deleted or has expired."""
@@ -278,6 +389,7 @@ class JobExecutor:
             if entry.te is None or entry.samples[index].over:
                 say(te, Abort(task, index))
                 return
+            entry.te.meet(te)
             self.passages.open(Passage(message.seq, entry.te, te, entry, moving=True))
             say(entry.te, Move(message.seq, Handover(te.id, message.blocks, message.cached, "request")))
         elif entry is not None and entry.te is te and entry.prefill is not None and entry.prefill_task is not None:
@@ -288,6 +400,8 @@ class JobExecutor:
             entry.prefill_task.life.move("dispatch", time.time())
             entry.prefill_task.life.move("begin", time.time())
             how = "lent" if entry.prefill.lender == te.id else self.config.kv_transfer
+            if how != "lent":
+                entry.prefill.meet(te)
             handover = Handover(te.id, message.blocks, message.cached, how)
             say(entry.prefill, entry.start([index], self.clock(), handover=handover))
 
@@ -345,16 +459,35 @@ class JobExecutor:
     # ---- the cluster's news -----------------------------------------------------------------------------------------
     def ready(self, te: TE) -> None:
         self.tes[te.id] = te
-        assert te.climb is not None
-        for step, seconds in te.climb.steps.items():
-            self.metrics.scale_step(step).observe(seconds)
+        self.newest = ""
+        if self.config.te_share != WHOLE:
+            te.share = self.config.te_share
+            say(te, Share(te.share))
         self.pairs.ready(te)
+        self.spread(te)
         self.place()
+
+    def spread(self, new: TE) -> None:
+        """A new TE takes its part of what others have not begun: those who have waited longest for it would else get nothing of
+        it. A prompt that is half computed is computed again; the oldest stay where they are."""
+        peers = [te for te in self.tes.values() if te.role == "colocated" and te.state == "ready" and not te.draining]
+        if new not in peers:
+            return
+        part = sum(te.sequences for te in peers) // len(peers)
+        given = new.sequences
+        for entry in sorted(self.live.values(), key=lambda entry: entry.wire, reverse=True):
+            te, count = entry.te, entry.open_samples
+            begun = entry.prefill is not None or any(sample.ids for sample in entry.samples)
+            if te is None or te is new or te not in peers or begun or te.sequences - count < part or given + count > part:
+                continue
+            given += count
+            self.start_again(entry, heard=True)
 
     def lost(self, te: TE, why: str) -> None:
         """Replay every task of a dead TE from its prompt plus what was sent, oldest first, before whatever else is held."""
         if self.tes.get(te.id) is te:
             del self.tes[te.id]
+            self.tree.gone(te.id)
         reading = {p.entry for p in self.passages.table.values() if p.reader is te}  # moving there
         self.passages.lost(te)
         self.moves = {seq: move for seq, move in self.moves.items() if move[1] is not te}
@@ -368,9 +501,19 @@ class JobExecutor:
         """Start a task again, from its prompt plus what was sent. `heard`: a live TE may still speak of the last attempt."""
         if self.live.get(entry.wire) is not entry:
             return  # gone with a sibling that was given up
-        if entry.task.attempts >= MAX_ATTEMPTS:
-            self.fail(entry.request, TaskFailed(f"given up after {entry.task.attempts} attempts, each ended by: {why}"))
+        produced = sum(len(sample.ids) for sample in entry.samples)
+        entry.deaths = entry.deaths + 1 if produced == entry.produced else 1
+        entry.produced = produced
+        if entry.deaths >= MAX_ATTEMPTS:
+            self.fail(
+                entry.request, TaskFailed(f"given up after {entry.deaths} attempts without a new token, each ended by: {why}")
+            )
             return
+        self.metrics.replays.inc()
+        self.start_again(entry, heard)
+
+    def start_again(self, entry: LiveTask, heard: bool) -> None:
+        """Take a task off its TEs, to be placed before all others that are held. `heard`: as for `replay`."""
         self.detach(entry)
         if heard:
             del self.live[entry.wire]
@@ -378,7 +521,6 @@ class JobExecutor:
             self.next_task += 1
             self.live[entry.wire] = entry
         entry.task.life.move("lost", time.time())
-        self.metrics.replays.inc()
         self.held.appendleft(entry)
 
     def give_up(self, why: str) -> None:
@@ -387,6 +529,10 @@ class JobExecutor:
             self.fail(entry.request, Unavailable(why))
 
     def message(self, te: TE, message: FromWorker) -> None:
+        if isinstance(message, BlockNews):
+            if not self.tree.hear(te.id, message):
+                say(te, Recount())
+            return
         if isinstance(message, Tokens):
             self.tokens(te, message)
         elif isinstance(message, Reserved):
@@ -445,6 +591,7 @@ class JobExecutor:
         self.metrics.tokens.generated += generated
         for last, count in gaps.items():
             self.metrics.tokens.observe(now - last, count)
+            self.slo.tokens(now - last, count)
         if self.pairs.controllers:
             self.pairs.step(te, gaps, now, self.waiting_for)
         for entry, deltas in brought.items():
@@ -491,6 +638,7 @@ class JobExecutor:
         if not entry.request.record.first_token:
             entry.request.record.first_token = time.time()
             self.metrics.first_token.observe(now - entry.request.arrived)
+            self.slo.first_token(now - entry.request.arrived)
             if entry.te is not None:
                 self.pairs.first_token(entry.te, now - entry.request.arrived)
 
@@ -572,5 +720,6 @@ class JobExecutor:
 
     def maybe_idle(self) -> None:
         if not self.outstanding:
+            self.used()
             for listener in self.idle_listeners:
                 listener()

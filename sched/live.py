@@ -41,6 +41,9 @@ class LiveTask:
     te: TE | None = None  # where it runs; of a pair the decode TE
     prefill: TE | None = None  # of a pair, until the prompt's KV is handed over
     prefill_task: Task | None = None
+    keys: list[bytes] | None = None  # of the prompt's first KV blocks; None: not needed so far
+    deaths: int = 0  # attempts in a row that ended without a new token
+    produced: int = 0  # tokens at the end of the newest attempt that ended so
     begun: bool = False  # its first token has come
     charged: TE | None = None  # dispatched and without a token since: its prompt counts in that TE's `prompt_tokens`
 

@@ -1,19 +1,69 @@
 """Prometheus metrics: vLLM's stems under `deepserve:`, so that its dashboards port by search and replace.
 
-Counters and histograms are fed as things happen; gauges are read from the TE table when somebody scrapes.
+A server has one registry (`Families`), and each of its models counts there under its own name (`Metrics`). Counters and
+histograms are fed as things happen; gauges are read from the TE table and the deployments when somebody scrapes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import accumulate
+from typing import Literal, Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from sched.cluster import TE, Cluster
+from engine.config import Role
+from scale.ladder import Climb
+from sched.cluster import TE
+
+ModelState = Literal["off", "loading", "ready", "asleep", "failed"]
+
+
+class Deployed(Protocol):
+    """A model of the server, as its gauges read it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> ModelState: ...
+    @property
+    def wanted(self) -> Mapping[Role, int]:
+        """How many TEs of each role it should have."""
+        ...
+
+    @property
+    def held(self) -> int:
+        """Tasks that wait for a TE."""
+        ...
+
+    @property
+    def decisions(self) -> Mapping[tuple[Role, str], int]:
+        """How often the autoscaler wanted more ("up") or fewer ("down") TEs of a role."""
+        ...
+
+
+class Table(Protocol):
+    """What gauges read of the cluster manager."""
+
+    @property
+    def table(self) -> Mapping[int, TE]: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def keeper_starts(self) -> int: ...
+    @property
+    def packed(self) -> Mapping[str, int]:
+        """Packed weights in memory, whether TEs use them or not: bytes by model."""
+        ...
+
+    @property
+    def pool_size(self) -> int:
+        """Processes that are kept ready to become TEs."""
+        ...
+
 
 # vLLM's bucket bounds, in seconds.
 FIRST_TOKEN = (
@@ -90,60 +140,80 @@ LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 SCALE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-class Metrics:
-    """All metrics of one model's server."""
+class Families:
+    """All metrics of one server, whatever the number of its models."""
 
-    def __init__(self, model: str):
-        self.model = model
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        label = ("model_name",)
-
-        def counter(stem: str, text: str, *more: str) -> Counter:
-            return Counter(f"deepserve:{stem}", text, (*label, *more), registry=self.registry)
-
-        def histogram(stem: str, text: str, buckets: Iterable[float]) -> Histogram:
-            made = Histogram(f"deepserve:{stem}", text, label, registry=self.registry, buckets=tuple(buckets))
-            return made.labels(model)
-
-        self.success = counter("request_success", "Requests that ended well, by finish reason", "finished_reason")
-        self.refusals = counter("request_refused", "Requests refused or failed, by cause", "cause")
-        self.cancelled = counter("request_cancelled", "Requests whose client left").labels(model)
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens taken in").labels(model)
-        self.tokens = TokenTally(model)
+        self.success = self.counter("request_success", "Requests that ended well, by finish reason", "finished_reason")
+        self.refusals = self.counter("request_refused", "Requests refused or failed, by cause", "cause")
+        self.cancelled = self.counter("request_cancelled", "Requests whose client left")
+        self.prompt_tokens = self.counter("prompt_tokens", "Prompt tokens taken in")
+        self.tokens = TokenCollector()
         self.registry.register(self.tokens)
-        self.replays = counter("task_replays", "Tasks started again after their TE died").labels(model)
-        self.moved = counter("task_moves", "Running tasks moved to another TE with their KV").labels(model)
-        self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN)
-        self.per_token = histogram(
+        self.replays = self.counter("task_replays", "Tasks started again after their TE died")
+        self.moved = self.counter("task_moves", "Running tasks moved to another TE with their KV")
+        self.first_token = self.histogram("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN)
+        self.per_token = self.histogram(
             "request_time_per_output_token_seconds", "A request's mean time per token after the first", TOKEN
         )
-        self.whole = histogram("e2e_request_latency_seconds", "Arrival to last token", WHOLE)
-        self.queued = histogram("request_queue_time_seconds", "Arrival to the first prefill chunk", FIRST_TOKEN)
-        self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request", LENGTH)
-        self.request_generation = histogram("request_generation_tokens", "Generated tokens of a request", LENGTH)
-        scale = Histogram(
-            "deepserve:scale_step_seconds",
-            "Scaling ladder: seconds by step",
-            (*label, "step"),
-            registry=self.registry,
-            buckets=SCALE,
+        self.whole = self.histogram("e2e_request_latency_seconds", "Arrival to last token", WHOLE)
+        self.queued = self.histogram("request_queue_time_seconds", "Arrival to the first prefill chunk", FIRST_TOKEN)
+        self.request_prompt = self.histogram("request_prompt_tokens", "Prompt tokens of a request", LENGTH)
+        self.request_generation = self.histogram("request_generation_tokens", "Generated tokens of a request", LENGTH)
+        ways = ("step", "how", "path")
+        self.scale_step = self.histogram(
+            "scale_step_seconds", "Scaling ladder: seconds by step, and how process and weights came", SCALE, *ways
         )
-        self.scale_step: Callable[[str], Histogram] = lambda step: scale.labels(model, step)
+        self.weight_loads = self.counter("weight_loads", "TEs that got their weights, by the way they came", "path")
 
-    def watch(self, cluster: Cluster, held: Callable[[], int]) -> None:
-        """Read gauges from this cluster at every scrape; `held` counts tasks that wait for a TE."""
-        self.registry.register(TableCollector(self.model, cluster, held))
+    def counter(self, stem: str, text: str, *labels: str) -> Counter:
+        return Counter(f"deepserve:{stem}", text, ("model_name", *labels), registry=self.registry)
+
+    def histogram(self, stem: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
+        return Histogram(f"deepserve:{stem}", text, ("model_name", *labels), registry=self.registry, buckets=tuple(buckets))
+
+    def watch(self, cluster: Table, deployments: Iterable[Deployed]) -> None:
+        """Read gauges from these at every scrape."""
+        self.registry.register(TableCollector(cluster, deployments))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class Metrics:
+    """What one model counts in."""
+
+    def __init__(self, families: Families, model: str):
+        self.families = families
+        self.model = model
+        self.success = families.success
+        self.refusals = families.refusals
+        self.cancelled = families.cancelled.labels(model)
+        self.prompt_tokens = families.prompt_tokens.labels(model)
+        self.tokens = families.tokens.of(model)
+        self.replays = families.replays.labels(model)
+        self.moved = families.moved.labels(model)
+        self.first_token = families.first_token.labels(model)
+        self.per_token = families.per_token.labels(model)
+        self.whole = families.whole.labels(model)
+        self.queued = families.queued.labels(model)
+        self.request_prompt = families.request_prompt.labels(model)
+        self.request_generation = families.request_generation.labels(model)
+
+    def climbed(self, climb: Climb) -> None:
+        """A TE is up."""
+        for step, seconds in climb.steps.items():
+            self.families.scale_step.labels(self.model, step, climb.how, climb.path or "").observe(seconds)
+        if climb.path is not None:
+            self.families.weight_loads.labels(self.model, climb.path).inc()
 
 
 class TokenTally:
     """What every token counts in: plain numbers, made into metrics when somebody scrapes. The client library's own take a lock
     and walk all buckets for each value."""
 
-    def __init__(self, model: str):
-        self.model = model
+    def __init__(self) -> None:
         self.generated = 0
         self.gaps = [0] * (len(TOKEN) + 1)  # seconds between two tokens of a sequence: how many up to each bound, and beyond
         self.gaps_sum = 0.0
@@ -153,14 +223,24 @@ class TokenTally:
         self.gaps[bisect_left(TOKEN, gap)] += count
         self.gaps_sum += gap * count
 
+
+class TokenCollector:
+    """The tallies of all models."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, TokenTally] = {}
+
+    def of(self, model: str) -> TokenTally:
+        return self.tallies.setdefault(model, TokenTally())
+
     def collect(self) -> Iterable[Metric]:
-        label, values = ("model_name",), (self.model,)
+        label, names = ("model_name",), [*map(str, TOKEN), "+Inf"]
         generated = CounterMetricFamily("deepserve:generation_tokens", "Tokens generated", labels=label)
-        generated.add_metric(values, self.generated)
-        yield generated
         gaps = HistogramMetricFamily("deepserve:inter_token_latency_seconds", "Between two tokens of a sequence", labels=label)
-        names = [*map(str, TOKEN), "+Inf"]
-        gaps.add_metric(values, list(zip(names, accumulate(self.gaps), strict=True)), self.gaps_sum)
+        for model, tally in self.tallies.items():
+            generated.add_metric((model,), tally.generated)
+            gaps.add_metric((model,), list(zip(names, accumulate(tally.gaps), strict=True)), tally.gaps_sum)
+        yield generated
         yield gaps
 
 
@@ -184,24 +264,62 @@ def tier_load(field: str, te: TE) -> float:
     return float(getattr(te.load, field))
 
 
-class TableCollector:
-    """Gauges and counters that the TEs themselves report."""
+# vLLM's names for what is left of a model that doesn't run.
+SLEEP_STATES: dict[str, tuple[ModelState, ...]] = {
+    "awake": ("loading", "ready"),
+    "weights_offloaded": ("asleep",),
+    "discard_all": ("off", "failed"),
+}
 
-    def __init__(self, model: str, cluster: Cluster, held: Callable[[], int]):
-        self.model = model
+Gauge = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+class TableCollector:
+    """Gauges and counters that the TEs themselves report, and the state of each model."""
+
+    def __init__(self, cluster: Table, deployments: Iterable[Deployed]):
         self.cluster = cluster
-        self.held = held
+        self.deployments = deployments
 
     def collect(self) -> Iterable[Metric | HistogramMetricFamily]:
-        tes = list(self.cluster.table.values())
-        names = ("model_name", "worker", "role")
+        yield from self.of_tes()
+        yield from self.of_models()
+        gauge, count, cluster = GaugeMetricFamily, CounterMetricFamily, self.cluster
+        yield gauge("deepserve:weights_dram_bytes", "Bytes of packed weights in memory", sum(cluster.packed.values()))
+        yield gauge("deepserve:warm_processes", "Processes kept ready to become TEs", cluster.pool_size)
+        yield count("deepserve:te_restarts", "TEs brought up again after a death", cluster.restarts)
+        yield count("deepserve:keeper_starts", "Keeper processes started", cluster.keeper_starts)
 
-        def family(
-            kind: type[GaugeMetricFamily] | type[CounterMetricFamily], stem: str, text: str, read: Callable[..., float]
-        ) -> Metric:
-            made = kind(f"deepserve:{stem}", text, labels=names)
+    def of_models(self) -> Iterable[Metric]:
+        def family(stem: str, text: str, *labels: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"deepserve:{stem}", text, labels=("model_name", *labels))
+
+        held = family("num_requests_held", "Tasks waiting for a TE")
+        state = family("model_state", "1 for the state that the model is in", "state")
+        sleep = family("engine_sleep_state", "1 for what is left of a model that sleeps", "sleep_state")
+        wanted = family("te_wanted", "TEs that the model should have", "role")
+        decisions = CounterMetricFamily(
+            "deepserve:scale_decisions", "Changes of the wanted number of TEs", labels=("model_name", "role", "direction")
+        )
+        for model in self.deployments:
+            held.add_metric((model.id,), model.held)
+            for name in get_args(ModelState):
+                state.add_metric((model.id, name), model.state == name)
+            for name, states in SLEEP_STATES.items():
+                sleep.add_metric((model.id, name), model.state in states)
+            for role, number in model.wanted.items():
+                wanted.add_metric((model.id, role), number)
+            for (role, direction), number in model.decisions.items():
+                decisions.add_metric((model.id, role, direction), number)
+        return held, state, sleep, wanted, decisions
+
+    def of_tes(self) -> Iterable[Metric]:
+        tes = list(self.cluster.table.values())
+
+        def family(kind: Gauge, stem: str, text: str, read: Callable[[TE], float]) -> Metric:
+            made = kind(f"deepserve:{stem}", text, labels=("model_name", "worker", "role"))
             for te in tes:
-                made.add_metric((self.model, str(te.id), te.role), read(te))
+                made.add_metric((te.model, str(te.id), te.role), read(te))
             return made
 
         gauge, count = GaugeMetricFamily, CounterMetricFamily
@@ -231,12 +349,3 @@ class TableCollector:
         yield family(gauge, "kv_tiers_gone", "1 where the TE lost the DRAM and SSD tiers", lambda te: te.load.tiers_gone)
         yield family(gauge, "kv_dram_bytes", "Bytes of the box's DRAM tier in use", lambda te: te.load.dram_bytes)
         yield family(gauge, "kv_ssd_bytes", "Bytes of the box's SSD tier in use", lambda te: te.load.ssd_bytes)
-        plain = (
-            (gauge, "num_requests_held", "Tasks waiting for a TE", float(self.held())),
-            (count, "te_restarts", "TEs brought up again after a death", float(self.cluster.restarts)),
-            (count, "keeper_starts", "Keeper processes started", float(self.cluster.keeper_starts)),
-        )
-        for kind, stem, text, value in plain:
-            made = kind(f"deepserve:{stem}", text, labels=("model_name",))
-            made.add_metric((self.model,), value)
-            yield made

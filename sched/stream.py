@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import msgspec
 
 from engine.types import SamplingParams, TokenLogprobs, UserError
+from sched.tenants import ANYONE, Tenant
+
+T = TypeVar("T")
 
 
 class UnknownModel(UserError):
@@ -20,11 +24,14 @@ class UnknownModel(UserError):
 
 
 class Overloaded(Exception):
-    """The queue is full (HTTP 429). `retry_after` is the predicted wait in seconds."""
+    """Not now (HTTP 429): the queue is full, the key's limits are reached, or what was promised can't be kept. `retry_after` is
+    the predicted wait in seconds."""
 
-    def __init__(self, message: str, retry_after: float):
+    def __init__(self, message: str, retry_after: float, cause: str = "queue_full"):
+        """`cause`: that, or one of `admission.Cause`."""
         super().__init__(message)
         self.retry_after = retry_after
+        self.cause = cause
 
 
 class Unavailable(Exception):
@@ -35,8 +42,21 @@ class Unavailable(Exception):
         self.retry_after = retry_after
 
 
+class Expired(Exception):
+    """The request's deadline has passed before it was done (HTTP 504)."""
+
+
 class TaskFailed(Exception):
     """The request was accepted and then could not be finished (HTTP 500)."""
+
+
+async def result_of(task: asyncio.Task[T]) -> T:
+    """What a task brings that others wait for too: it goes on when this caller is cancelled. Raises `Unavailable` where the task
+    was, since the server ends."""
+    await asyncio.wait((task,))
+    if task.cancelled():
+        raise Unavailable("the server is shutting down", 10.0)
+    return task.result()
 
 
 class Submission(msgspec.Struct, kw_only=True):
@@ -54,6 +74,11 @@ class Submission(msgspec.Struct, kw_only=True):
     context: str = ""  # the explicit context that the prompts begin with
     context_tokens: int = 0  # ... and how many tokens that has
     preserve: bool = False  # the prompt is that context
+    tenant: Tenant = ANYONE  # whose it is
+    deadline: float = 0.0  # CLOCK_MONOTONIC seconds; 0: none
+    slo_ttft_ms: float | None = None  # wanted, or promised to its key; None: what the server promises
+    slo_tpot_ms: float | None = None
+    reject_late: bool = False  # refuse it at once where deadline or targets can't be met
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -78,13 +103,16 @@ class Usage(msgspec.Struct):
 class Stream:
     """The deltas of one submission, in order for each choice. Complete after every choice's `finish`."""
 
-    __slots__ = ("error", "open", "prompt_logprobs", "sink", "usage", "waiting", "wake")
+    __slots__ = ("error", "generated", "noted", "open", "prompt_logprobs", "sink", "unheard", "usage", "waiting", "wake")
 
     def __init__(self, choices: int):
         self.usage = Usage()
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # prompt index -> one for each prompt token
         self.open = choices
+        self.generated = 0  # tokens so far, of all choices
         self.sink: Callable[[list[Delta]], None] | None = None
+        self.noted: Callable[[str], None] | None = None
+        self.unheard = ""  # the newest note from before `run`
         self.waiting: list[Delta] = []
         self.error: BaseException | None = None
         self.wake: asyncio.Future[None] | None = None
@@ -93,6 +121,7 @@ class Stream:
     def feed(self, deltas: list[Delta]) -> None:
         """One step's deltas of this request."""
         for delta in deltas:
+            self.generated += len(delta.ids)
             if delta.finish is not None:
                 self.open -= 1
         if self.sink is None:
@@ -106,6 +135,16 @@ class Stream:
         if not self.open:
             self.rouse()
 
+    def note(self, line: str) -> None:
+        """How it comes along that this request can run, for a person who waits."""
+        if self.noted is None:
+            self.unheard = line
+        elif self.error is None:
+            try:
+                self.noted(line)
+            except Exception as e:  # this runs where the keeper's word is heard: what fails here is this request's alone
+                self.fail(e)
+
     def fail(self, error: BaseException) -> None:
         """No more will come; whoever waits gets `error`."""
         self.error = self.error or error
@@ -116,11 +155,14 @@ class Stream:
             self.wake.set_result(None)
 
     # ---- the caller's side ------------------------------------------------------------------------------------------
-    async def run(self, sink: Callable[[list[Delta]], None]) -> None:
-        """Deliver every delta to `sink` (called on the loop, must not block) until the stream is complete.
+    async def run(self, sink: Callable[[list[Delta]], None], note: Callable[[str], None] | None = None) -> None:
+        """Deliver every delta to `sink` (called on the loop, must not block) until the stream is complete, and to `note` a line
+        now and then while the model isn't up yet.
 
         Raises what the service fails the stream with, or what `sink` raised."""
-        self.sink = sink
+        self.sink, self.noted = sink, note
+        if note is not None and self.unheard:
+            note(self.unheard)
         if self.waiting:
             first, self.waiting = self.waiting, []
             sink(first)

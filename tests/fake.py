@@ -58,6 +58,8 @@ class FakeModel(msgspec.Struct):
     created: int = 1_700_000_000
     max_model_len: int = 256
     root: str = "models/tiny"
+    state: str = "ready"
+    te: int = 1
     tokenizer: ByteTokenizer = msgspec.field(default_factory=ByteTokenizer)
 
 
@@ -68,6 +70,7 @@ class FakeService:
         self.text = text
         self.card = FakeModel()
         self.submissions: list[Submission] = []
+        self.refusals: list[tuple[str, str]] = []  # before they became submissions
         self.live: set[str] = set()  # submissions whose context has not been left
         self.steps = 0
         self.state: dict[str, Any] = {"status": "ok"}
@@ -78,16 +81,21 @@ class FakeService:
         self.silent = asyncio.Event()  # it has fallen silent
         self.left = asyncio.Event()  # a context has been left
         self.now = 1_700_000_000.0  # Unix seconds, of `contexts`
+        self.orders: list[tuple[str, dict[str, Any]]] = []  # to scale, sleep, wake, drain: the model, and how
+        self.notes: list[str] = []  # told before the first step
         self.forgotten: list[str] = []
         self.contexts = Contexts(self.forgotten.append, lambda: self.now)
 
     def models(self) -> list[FakeModel]:
         return [self.card]
 
-    async def model(self, name: str) -> FakeModel:
+    async def model(self, name: str, wake: bool = True) -> FakeModel:
         if name and name != self.card.id:
             raise UnknownModel(f"The model `{name}` does not exist; here is `{self.card.id}`", "model")
         return self.card
+
+    def refused(self, model: str, cause: str) -> None:
+        self.refusals.append((model, cause))
 
     def health(self) -> dict[str, Any]:
         return self.state
@@ -96,8 +104,24 @@ class FakeService:
         found = next((s for s in self.submissions if id in (s.id, s.trace_id)), None)
         return None if found is None else {"id": found.id, "request_id": found.trace_id, "jobs": []}
 
-    def executors(self) -> list[dict[str, Any]]:
-        return [{"id": 0, "pid": 1, "role": "colocated", "model": self.card.id, "state": "ready"}]
+    async def executors(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": 0,
+                "pid": 4711,
+                "role": "colocated",
+                "model": self.card.id,
+                "state": "ready",
+                "step": None,
+                "path": "fork",
+                "draining": False,
+                "since": self.now - 150,
+                "load": {"running": 3, "waiting": 1, "blocks_used": 25},
+                "kv_blocks": 100,
+                "memory_bytes": {"weights": 98_000_000, "kv": 50_000_000},
+                "private_bytes": 31_000_000,
+            }
+        ]
 
     def give_role(self, te: int, role: str) -> dict[str, Any]:
         if te:
@@ -106,6 +130,49 @@ class FakeService:
 
     def metrics(self) -> bytes:
         return b"# TYPE deepserve:num_requests_running gauge\ndeepserve:num_requests_running 0.0\n"
+
+    def scale_state(self) -> dict[str, Any]:
+        return {
+            "object": "scale",
+            "climbs": [],
+            "models": [
+                {
+                    "id": self.card.id,
+                    "state": self.card.state,
+                    "te_ready": self.card.te,
+                    "te_wanted": {"colocated": self.card.te},
+                    "held": 0,
+                    "weights_bytes": 98_000_000,
+                    "idle_s": 7.25,
+                    "reason": None,
+                }
+            ],
+            "memory": {"budget_bytes": 1_000_000_000, "used_bytes": 140_000_000},
+            "dram": {"budget_bytes": 0, "used_bytes": 98_000_000, "entries": []},
+            "pool": {"wanted": 3},
+        }
+
+    async def scale(self, model: str, te: int, role: str | None) -> dict[str, Any]:
+        return self.ordered(model, te=te, role=role)
+
+    async def sleep(self, model: str, level: int) -> dict[str, Any]:
+        self.card.state, self.card.te = "asleep" if level == 1 else "off", 0
+        return self.ordered(model, level=level)
+
+    async def wake(self, model: str) -> dict[str, Any]:
+        self.card.state, self.card.te = "ready", 1
+        return self.ordered(model)
+
+    async def drain(self, te: int) -> dict[str, Any]:
+        if te:
+            raise UserError(f"there is no TE {te} that is ready", "te")
+        return self.ordered("", te=te)
+
+    def ordered(self, model: str, **what: Any) -> dict[str, Any]:
+        if model not in ("", self.card.id):
+            raise UnknownModel(f"The model `{model}` does not exist; here is `{self.card.id}`", "model")
+        self.orders.append((model, what))
+        return {"model": self.card.id, "state": self.card.state}
 
     @contextlib.asynccontextmanager
     async def submit(self, submission: Submission) -> AsyncIterator[Stream]:
@@ -136,6 +203,8 @@ class FakeService:
                 stream.prompt_logprobs[i] = [None, *(logprob(id, params.prompt_logprobs) for id in prompt[1:])]
         if not ids:
             stream.feed([Delta(i, "", [], [] if params.logprobs is not None else None, "length") for i in range(choices)])
+        for note in self.notes:
+            stream.note(note)
         held = b""
         for step, id in enumerate(ids, 1):
             if step - 1 == self.fail_after:
@@ -154,6 +223,25 @@ class FakeService:
             stream.usage.completion_tokens += choices
             found = None if params.logprobs is None else [logprob(id, params.logprobs)]
             stream.feed([Delta(i, text, [id], found, finish) for i in range(choices)])
+
+
+class FakeCluster:
+    """What metrics read of the cluster manager."""
+
+    def __init__(self) -> None:
+        self.table: dict[int, Any] = {}
+        self.packed: dict[str, int] = {}
+        self.restarts, self.keeper_starts, self.pool_size = 0, 1, 0
+
+
+class FakeDeployment(msgspec.Struct):
+    """... and of a deployment."""
+
+    id: str = "tiny"
+    state: Any = "ready"
+    wanted: dict[Any, int] = {}
+    held: int = 0
+    decisions: dict[Any, int] = {}
 
 
 def logprob(id: int, top: int) -> TokenLogprobs:

@@ -50,7 +50,8 @@ class Rig:
     `native`: the compiled kernels (bfloat16, and what `quantization` and `kv_dtype` say) on so many threads; None: the reference
     operators.
     `device`: another device of this dtype instead, in blocks of its own size.
-    `rank`: which rank of several this is; each must be given the same steps, at the same time."""
+    `rank`: which rank of several this is; each must be given the same steps, at the same time.
+    `tensors`: weights that are on the device already."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class Rig:
         device: Device | None = None,
         kv_dtype: str = "auto",
         rank: Rank = ALONE,
+        tensors: dict[str, Any] | None = None,
     ):
         self.block_size = block_size if native is None else 16  # the compiled kernels' smallest
         if device is not None:
@@ -78,7 +80,8 @@ class Rig:
         packing = Packing(dtype, "rows", quantization) if native is None else Packing("bfloat16", "panels", quantization)
         mapped = weights.map_slabs(weights.pack(checkpoint, self.model.weights(), packing, fd), [fd])
         os.close(fd)
-        tensors = {name: self.device.weight(parts) for name, parts in self.model.own(mapped).items()}
+        if tensors is None:
+            tensors = {name: self.device.weight(parts) for name, parts in self.model.own(mapped).items()}
         self.model.bind(self.device, tensors, max_len)
         self.kv = self.device.kv_cache(self.model.layers, blocks, self.block_size, self.model.own_kv_heads, self.model.head_dim)
         self.device.configure(vocab=self.model.vocab, slots=64, tokens=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -119,8 +120,9 @@ class Server:
 
     def keeper(self) -> int:
         for pid in family(self.marker):
-            if Path(f"/proc/{pid}/comm").read_text().startswith("deepserve-keepe"):  # the kernel keeps 15 bytes
-                return pid
+            with contextlib.suppress(OSError):  # it has just ended
+                if Path(f"/proc/{pid}/comm").read_text().startswith("deepserve-keepe"):  # the kernel keeps 15 bytes
+                    return pid
         return 0
 
     def signal(self, number: int) -> None:

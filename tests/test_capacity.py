@@ -78,8 +78,31 @@ def test_impossible_settings_are_refused():
         resolve(Config(tensor_parallel_size=3), Shape(), GIB, box)
 
 
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"te": 4, "max_te": 2}, "--max-te 2 is less"),
+        ({"min_te": 3}, "raise --max-te"),
+        ({"min_te": 0}, "--keep-alive"),
+        ({"pd": "semi", "te": 2, "max_te": 4}, "isn't scaled"),
+        ({"slo_ttft_ms": 100.0}, "--max-te"),
+    ],
+)
+def test_numbers_of_tes_that_contradict_each_other_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        resolve(Config(**settings), Shape(), GIB, Machine(8 * GIB, 2, compiled=True))
+
+
+def test_kv_memory_is_divided_among_all_tes_there_may_be_and_all_models():
+    one, _ = resolve(Config(), Shape(), GIB, Machine(20 * GIB, 2, compiled=True))
+    scaled, _ = resolve(Config(max_te=8), Shape(), GIB, Machine(20 * GIB, 2, compiled=True))
+    shared, _ = resolve(Config(), Shape(), GIB, Machine(20 * GIB, 2, compiled=True, models=8))
+    sizes = [c.kv_cache_memory_bytes for c in (one, scaled, shared)]
+    assert sizes[0] > 3 * max(sizes[1:]) and 8 * max(sizes[1:]) <= 20 * GIB
+
+
 def test_threads_are_divided_among_tes():
-    assert [threads_for(Config(te=n), Machine(GIB, 4)) for n in (1, 2, 3, 9)] == [4, 2, 1, 1]
+    assert [threads_for(4, processes) for processes in (0, 1, 2, 3, 9)] == [4, 4, 2, 1, 1]
 
 
 def test_this_machine_can_be_read():

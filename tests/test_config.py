@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import Config, Speculation, field_help, parse_size, resolve
+import deepserve
+from engine.config import SERVER_WIDE, Config, Speculation, field_help, parse_size, resolve, several
 from engine.types import SamplingParams, UserError, checked, pack_ids, unpack_ids
 
 
@@ -70,6 +71,81 @@ def test_a_broken_file_is_named(tmp_path):
         resolve({}, tmp_path / "bad.toml")
 
 
+# ---- several models -------------------------------------------------------------------------------------------------------
+
+
+def listed(*args, **kwargs) -> list[str]:
+    return [config.model for config, _ in several(*args, **kwargs)]
+
+
+def test_models_named_on_the_command_line(tmp_path):
+    assert listed({}) == [Config().model]
+    assert listed({"model": "a"}) == listed({}, ["a"]) == ["a"]
+    made = several({"te": "2", "port": "9001"}, ["a", "b"])
+    assert [(c.model, c.te, c.port, o["model"], o["te"]) for c, o in made] == [
+        ("a", 2, 9001, "command line", "flag --te"),
+        ("b", 2, 9001, "command line", "flag --te"),
+    ]
+
+
+def test_models_of_a_file(tmp_path):
+    file = tmp_path / "deepserve.toml"
+    file.write_text(
+        """
+        max-num-seqs = 8
+        te = 2
+        [models.small]
+        model = "/models/s.gguf"
+        max-num-seqs = 16
+        [models."org/b"]
+        served-model-name = ["b", "bee"]
+        keep-alive = 60
+        """
+    )
+    (small, origin), (b, _) = several({"te": 3}, file=file)
+    assert (small.model, small.served_model_name, small.max_num_seqs, small.te) == ("/models/s.gguf", ["small"], 16, 3)
+    assert origin["max_num_seqs"] == f"file {file} [models.small]" and origin["te"] == "flag --te"
+    assert (b.model, b.served_model_name, b.max_num_seqs, b.keep_alive) == ("org/b", ["b", "bee"], 8, 60.0)
+    # Named on the command line, only those are served, each with its table where it has one.
+    assert [c.served_model_name for c, _ in several({}, ["c", "small"], file)] == [[], ["small"]]
+    assert listed({"model": "small"}, file=file) == ["/models/s.gguf"]
+    # The file's own `model` is the default model, table or not.
+    file.write_text('model = "z"\n[models.a]\n')
+    assert listed({}, file=file) == ["z", "a"]
+    file.write_text('model = "z"\n[models.a]\n[models.z]\nte = 4\n')
+    assert [(c.model, c.te) for c, _ in several({}, file=file)] == [("z", 4), ("a", 1)]
+
+
+@pytest.mark.parametrize("field", SERVER_WIDE)
+def test_a_models_table_has_no_settings_of_the_server(tmp_path, field):
+    file = tmp_path / "deepserve.toml"
+    said = field.replace("_", "-")
+    file.write_text(f'[models.a]\n{said} = "1"')
+    with pytest.raises(UserError, match=rf"\[models.a\]: {said} is for the whole server") as caught:
+        several({}, file=file)
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("flags", "models", "text", "says"),
+    [
+        ({}, ["a", "b", "a"], "", "a is named twice"),
+        ({"model": "a"}, ["b"], "", "leave out --model"),
+        ({"served_model_name": "x"}, ["a", "b"], "", "command line: served-model-name can't be the name of all: a, b"),
+        ({}, ["a", "b"], 'served-model-name = "x"', r"deepserve.toml: served-model-name can't"),
+        ({}, [], 'models = ["a", "b"]', r"for example \[models.smollm2-135m-instruct\]"),
+        ({}, [], "[models.a]\nspeed = 1", r"\[models.a\]: there is no setting 'speed'"),
+        ({}, [], "[models.a]\nte = 0", r"\[models.a\]: te = 0"),
+        ({"pd": "1p1d"}, [], "[models.a]\nte = 2", "leave out --te 2"),
+    ],
+)
+def test_models_that_contradict_each_other(tmp_path, flags, models, text, says):
+    file = tmp_path / "deepserve.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=says):
+        several(flags, models, file)
+
+
 def test_every_field_has_a_meaning():
     for name in Config.__struct_fields__:
         assert field_help(name), name
@@ -109,3 +185,19 @@ def test_sampling_parameters_that_contradict_each_other():
 def test_ids_survive_the_wire():
     ids = [0, 1, 49151, 2**31 - 1]
     assert list(unpack_ids(pack_ids(ids))) == ids and len(pack_ids(ids)) == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "models"),
+    [
+        ([], [Config().model]),
+        (["a"], ["a"]),
+        (["--te", "2", "a", "b"], ["a", "b"]),
+        (["a", "b", "--scale-without", "fork", "dram"], ["a", "b"]),
+        (["--model", "a"], ["a"]),
+    ],
+)
+def test_the_command_line_names_models(words, models):
+    configs, origins = deepserve.configs_of(deepserve.parser().parse_args(["serve", *words]))
+    assert [config.model for config in configs] == models and len(origins) == len(models)
+    assert all(config.scale_without == (["fork", "dram"] if "fork" in words else []) for config in configs)

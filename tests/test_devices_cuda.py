@@ -12,14 +12,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import devices
+from engine import devices, weight_slabs
 from engine.devices import cuda, open_device, torch_device, torch_ops
 from engine.devices.cpu import CpuDevice
 from engine.devices.cuda import WIDTHS, Attention, Captured, CudaDevice, open_cuda
 from engine.devices.torch_device import BUCKETS, Cell
 from engine.distflow import block_spans
+from engine.native import checksum, ipc
 from engine.types import DeviceMemory, UserError
-from tests import tiny
+from tests import fork_source, tiny
 from tests.harness import Rig, rows, setup
 from tests.npu.engine import BLOCK, ModelEngine
 
@@ -37,7 +38,13 @@ class Done:
         Done.waits += 1
 
 
-HOST = SimpleNamespace(Event=Done, set_device=lambda where: None)
+HOST = SimpleNamespace(
+    Event=Done,
+    set_device=lambda where: None,
+    device_count=lambda: 2,
+    synchronize=lambda: None,
+    empty_cache=lambda: None,
+)
 
 
 class PlayedGraph:
@@ -407,6 +414,41 @@ def test_a_step_is_described_on_the_host_and_computed_on_the_device(kind, path, 
             if error is not None:
                 raise error
     assert answers and all(places == ["meta"] * len(places) for places in answers) and Apart.copies
+
+
+@GPU
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_by_cuda_ipc(path, dtype):
+    """NPU-fork on GPUs: weights of another process, from the same GPU's memory, and from another GPU's where there are two."""
+    packed = fork_source.Packed(path, dtype)
+    plain = Rig(path, dtype=dtype, device=open_cuda(dtype, 0)).greedy([3, 1, 4, 1, 5], 12)
+    with fork_source.started("cuda", path, dtype) as source:
+        for index in range(min(2, torch.cuda.device_count())):
+            ours = open_cuda(dtype, index)
+            loaded = weight_slabs.load(ours, packed.model.own, [source.offer], None)
+            assert loaded.slabs.mapped == (index == 0) and loaded.path == "fork"
+            assert Rig(path, dtype=dtype, device=ours, tensors=loaded.tensors).greedy([3, 1, 4, 1, 5], 12) == plain
+            if index == 0:
+                assert "another TE uses these weights" in source.ask("close")
+            loaded.slabs.close()
+        assert source.ask("close") == "closed"
+
+
+@GPU
+def test_slabs_of_a_gpu_summed_up_and_copied():
+    """Checksums are those of the bytes, and a copy within the GPU is whole; some are longer than a batch."""
+    torch.cuda.init()
+    data = torch.randint(0, 256, (40 << 20,), dtype=torch.uint8)
+    ours = open_cuda("float32", 0)
+    slab, other = (ipc.allocate("cuda", 0, len(data)) for _ in range(2))
+    ours.tensor_at(slab.address, torch.uint8, len(data)).copy_(data)
+    torch.cuda.synchronize()
+    ipc.copy(other, slab, 0, len(data))
+    ranges = [(0, 100), (100, 17 << 20), (5, 40 << 20 >> 1), (len(data) - 1, 1)]
+    expected = [checksum(data[at : at + count].numpy()) for at, count in ranges]
+    assert ipc.checksums(slab, *zip(*ranges, strict=True)) == ipc.checksums(other, *zip(*ranges, strict=True)) == expected
+    ipc.free(slab)
+    ipc.free(other)
 
 
 @GPU

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from engine.capacity import kv_bytes_per_token
+from engine.devices.cpu_native import ROTATION_ROWS, Rotation
+from engine.models.rope import Rope
 from tests import tiny
 from tests.harness import Rig
 
@@ -107,3 +109,11 @@ def test_a_cache_takes_what_capacity_counts(folders):
     for kind, rig in rigs.items():
         assert rig.kv.nbytes == len(rig.kv.pool.view) == 40 * 16 * kv_bytes_per_token(rig.model, "bfloat16", kind)
     assert rigs["bfloat16"].kv.nbytes == rigs["auto"].kv.nbytes == rigs["int8"].kv.nbytes * 48 // 26
+
+
+def test_rows_of_a_rope_table_come_when_a_step_comes_so_far():
+    table = Rope({"rope_theta": 1e5}, 16, 512).table(300)
+    rotation, every = Rotation(table), table.rows(0, 300)
+    for length, done in ((1, ROTATION_ROWS), (ROTATION_ROWS, ROTATION_ROWS), (ROTATION_ROWS + 1, 2 * ROTATION_ROWS), (300, 300)):
+        assert rotation.reaching(length) == rotation.rows.ctypes.data
+        assert (rotation.rows[:done] == every[:done]).all() and not rotation.rows[done:].any()

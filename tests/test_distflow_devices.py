@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine.config import Config
+from engine.config import Config, Role, Seat
 from engine.devices.kv_pool import DevicePool, KVPool
 from engine.distflow import Completion, DistFlow, Spans
 from engine.native import checksum, ipc
@@ -235,17 +235,18 @@ def test_a_pair_needs_pools_that_can_be_exported(npu):
     class Cache:
         pool, layout = DevicePool(DeviceRange("npu", 0, 0, 2 * MIB)), LAYOUT
 
-    def shown(**settings) -> Peer | None:
-        config = Config(device="npu", block_size=128, **settings)
-        return to_be_shown(SimpleNamespace(te=1, config=config, lender=None), Cache())
+    def shown(reachable: bool, role: Role = "colocated", pd: str = "") -> Peer | None:
+        config = Config(device="npu", block_size=128, pd=pd)
+        birth = SimpleNamespace(te=1, config=config, seat=Seat(role), reachable=reachable, lender=None)
+        return to_be_shown(birth, Cache())
 
     with pytest.raises(UserError, match=r"--pd 1p1d: the npu's runtime .*aclrtIpcMemGetExportKey.*; leave it out") as e:
-        shown(te=2, pd="1p1d")
-    assert e.value.param == "pd" and shown(te=2) is shown(te=1) is None
+        shown(True, "prefill", "1p1d")
+    assert e.value.param == "pd" and shown(True) is shown(False) is None
     memory = npu.allocate(2 * MIB)
     Cache.pool = DevicePool(memory)
-    assert shown(te=1) is None and Cache.pool.exported is None, "one TE alone shows nothing"
-    peer = shown(te=2)
+    assert shown(False) is None and Cache.pool.exported is None, "one TE alone shows nothing"
+    peer = shown(True)
     assert (peer.te, peer.layout, peer.memory.nbytes) == (1, LAYOUT, 2 * MIB) and peer.memory is Cache.pool.memory
     ipc.close_export(memory, peer.memory.name)
     npu.free(memory)

@@ -280,7 +280,10 @@ def test_models() -> None:
     async def run(rig: Rig) -> None:
         [model] = (await rig.ai.models.list()).data
         assert (model.id, model.object, model.owned_by) == ("tiny", "model", "deepserve")
-        assert model.model_extra == {"root": "models/tiny", "parent": None, "max_model_len": 256}
+        described = {"root": "models/tiny", "parent": None, "max_model_len": 256}
+        assert model.model_extra == described | {"state": "ready", "te": 1}
+        rig.service.card.state, rig.service.card.te = "asleep", 0
+        assert (await rig.ai.models.retrieve("tiny")).model_extra == described | {"state": "asleep", "te": 0}
         rig.service.card.id = "org/tiny"
         assert (await rig.ai.models.retrieve("org/tiny")).id == "org/tiny"
         with pytest.raises(openai.NotFoundError) as e:

@@ -10,10 +10,25 @@ import msgspec
 import pytest
 
 from engine.config import Config
-from engine.types import Abort, Finish, Load, PromptDone, Refused, SamplingParams, Start, Tokens, sequence_id, unpack_ids
+from engine.rtc.keys import block_keys, root_key
+from engine.types import (
+    Abort,
+    BlockNews,
+    Finish,
+    Load,
+    PromptDone,
+    Recount,
+    Refused,
+    SamplingParams,
+    Start,
+    Tokens,
+    pack_ids,
+    sequence_id,
+    unpack_ids,
+)
 from scale.ladder import Climb
 from sched.job_executor import MAX_ATTEMPTS, JobExecutor
-from sched.metrics import Metrics
+from sched.metrics import Families, Metrics
 from sched.stream import Delta, Overloaded, Submission, TaskFailed
 
 EOS = 0
@@ -40,6 +55,7 @@ class PlayedTE:
     def __init__(self, number: int):
         self.id, self.state, self.role, self.lender = number, "ready", "colocated", -1
         self.sequences = self.prompt_tokens = self.expecting = self.computing = 0
+        self.draining = False
         self.load = Load()
         self.climb = Climb(number, 0.0)
         self.sent: list = []
@@ -48,12 +64,16 @@ class PlayedTE:
     def send(self, message) -> None:
         self.sent.append(message)
 
+    def look_whether_drained(self) -> None: ...
+
+    def meet(self, other) -> None: ...
+
 
 class Scene:
     def __init__(self, tes: int = 1, **settings):
         self.now = 100.0
-        config = Config(max_model_len=64, te=max(tes, 1), **settings)
-        self.je = JobExecutor(config, Metrics("m"), Random(1), clock=lambda: self.now)
+        config = Config(max_model_len=64, block_size=16, te=max(tes, 1), **settings)
+        self.je = JobExecutor(config, Metrics(Families(), "m"), Random(1), clock=lambda: self.now)
         self.je.tokenizer = Letters()  # type: ignore[assignment]
         self.tes = [PlayedTE(i) for i in range(tes)]
         for te in self.tes:
@@ -175,6 +195,74 @@ def test_a_task_that_kills_every_te_is_given_up():
 
 
 @run
+def test_a_task_that_comes_on_under_each_te_is_not_given_up():
+    s = Scene()
+    live, _ = s.submit()
+    (entry,) = s.je.live.values()
+    for i in range(2 * MAX_ATTEMPTS):
+        s.speak(s.tes[0], [(sequence_id(entry.wire, 0), 65 + i, 0)])
+        s.je.lost(s.tes[0], "died")  # type: ignore[arg-type]
+        s.tes[0] = PlayedTE(0)
+        s.je.ready(s.tes[0])  # type: ignore[arg-type]
+    assert live.stream.error is None and live.record.life.state == "running"
+
+
+@run
+def test_a_new_te_takes_its_part_of_what_has_not_begun():
+    s = Scene()
+    lives = [s.submit(f"r{i}")[0] for i in range(6)]
+    begun, *waiting = list(s.je.live.values())
+    s.speak(s.tes[0], [(sequence_id(begun.wire, 0), 65, 0)])
+    new = PlayedTE(1)
+    s.je.ready(new)  # type: ignore[arg-type]
+    assert (s.tes[0].sequences, new.sequences) == (3, 3)
+    assert {e.request.record.id for e in s.je.live.values() if e.te is new} == {"r3", "r4", "r5"}, "the newest"
+    assert [m.task for m in s.tes[0].sent if isinstance(m, Abort)] == [e.task.id for e in reversed(waiting[2:])]
+    for entry in list(s.je.live.values()):
+        s.speak(entry.te, [(sequence_id(entry.wire, 0), 66, Finish.LENGTH)])
+    assert all(live.record.life.state == "done" for live in lives) and (s.tes[0].prompt_tokens, new.prompt_tokens) == (0, 0)
+
+
+@run
+def test_who_would_rather_hear_it_at_once_is_refused_when_it_would_be_late():
+    s = Scene()
+    s.submit("slow")
+    (entry,) = s.je.live.values()
+    s.now += 2.0
+    s.speak(s.tes[0], [(sequence_id(entry.wire, 0), 65, 0)])
+
+    def ask(name: str, **more):
+        return s.je.admit(Submission(id=name, model="m", prompts=[array("i", [65])], params=SamplingParams(), **more))
+
+    with pytest.raises(Overloaded, match="2000 ms, and wanted within 500 ms") as e:
+        ask("late", slo_ttft_ms=500.0, reject_late=True)
+    assert e.value.cause == "ttft" and s.je.find("late").life.state == "refused"
+    with pytest.raises(Overloaded, match="deadline"):
+        ask("dead", deadline=s.now + 1.0, reject_late=True)
+    ask("patient", slo_ttft_ms=500.0)
+    ask("in time", slo_ttft_ms=5000.0, reject_late=True)
+
+
+@run
+def test_a_prompt_goes_where_its_beginning_is_cached():
+    s = Scene(tes=3)
+    prompt = list(range(40))
+    keys = b"".join(block_keys(root_key(b""), pack_ids(prompt[:32]), 16))
+    s.je.message(s.tes[2], BlockNews(1, stored=keys))  # type: ignore[arg-type]
+    s.submit("warm", prompts=[prompt])
+    (entry,) = s.je.live.values()
+    assert entry.te is s.tes[2] and "32 tokens of this one cached" in entry.task.reason
+    s.je.message(s.tes[2], BlockNews(3))  # type: ignore[arg-type]  # the second was lost
+    assert isinstance(s.tes[2].sent[-1], Recount)
+    s.je.message(s.tes[2], BlockNews(4, evicted=keys, whole=True))  # type: ignore[arg-type]
+    s.submit("cold", prompts=[prompt])
+    assert s.tes[0].sequences == 1
+    s.je.message(s.tes[1], BlockNews(1, stored=keys))  # type: ignore[arg-type]
+    s.je.lost(s.tes[1], "killed")  # type: ignore[arg-type]
+    assert not s.je.tree.match(entry.keys or []).tes.size
+
+
+@run
 def test_tasks_wait_for_a_te_and_leave_with_their_caller():
     s = Scene(tes=0)
     one, _ = s.submit("one")
@@ -200,7 +288,7 @@ def test_a_full_queue_refuses_with_a_wait():
     assert e.value.retry_after > 0
     record = s.je.find("more")
     assert record is not None and record.life.state == "refused"
-    assert b'request_refused_total{cause="queue_full",model_name="m"} 1.0' in s.je.metrics.text()
+    assert b'request_refused_total{cause="queue_full",model_name="m"} 1.0' in s.je.metrics.families.text()
 
 
 @run
@@ -264,9 +352,23 @@ def test_tokens_and_the_gaps_between_them_are_counted():
     s.speak(s.tes[0], [(a, 66, 0), (b, 66, 0)])
     s.now += 200.0
     s.speak(s.tes[0], [(b, 67, 0)])
-    value = s.je.metrics.registry.get_sample_value
+    value = s.je.metrics.families.registry.get_sample_value
     named, stem = {"model_name": "m"}, "deepserve:inter_token_latency_seconds"
     assert value("deepserve:generation_tokens_total", named) == 5
     assert value(f"{stem}_count", named) == 3 and value(f"{stem}_sum", named) == pytest.approx(200.08)
     buckets = [value(f"{stem}_bucket", named | {"le": le}) for le in ("0.025", "0.05", "80.0", "+Inf")]
     assert buckets == [0, 2, 2, 3]
+
+
+@run
+def test_who_waits_for_a_model_hears_how_it_comes_up_and_who_comes_later_too():
+    s = Scene(tes=0)
+    s.je.progress("weights 10 %")
+    first, _ = s.submit("first")
+    s.je.progress("weights 40 %")
+    later, _ = s.submit("later")
+    assert (first.stream.unheard, later.stream.unheard) == ("weights 40 %", "weights 40 %")
+    s.je.ready(PlayedTE(0))  # type: ignore[arg-type]
+    s.je.progress("weights 10 %")  # of a second TE: nobody waits for it
+    placed, _ = s.submit("placed")
+    assert later.stream.unheard == "weights 40 %" and placed.stream.unheard == ""

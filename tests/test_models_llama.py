@@ -167,10 +167,10 @@ def test_rope_lengths():
     assert of(LLAMA3).max_len == 512
     short, long = of(LONG).frequencies(512)[0], of(LONG).frequencies(513)[0]
     np.testing.assert_allclose(short / long, np.array(LONG["long_factor"]) / np.array(LONG["short_factor"]), rtol=1e-6)
-    table = of({}).table(100)
-    assert table.dtype == np.float32 and table.shape == (100, 16)
+    rows = of({}).table(100).rows(0, 100)
+    assert rows.dtype == np.float32 and rows.shape == (100, 16)
     np.testing.assert_allclose(
-        table[7], np.concatenate([f(7.0 * 10000.0 ** (-np.arange(8) / 8)) for f in (np.cos, np.sin)]), atol=1e-6
+        rows[7], np.concatenate([f(7.0 * 10000.0 ** (-np.arange(8) / 8)) for f in (np.cos, np.sin)]), atol=1e-6
     )
 
 
@@ -226,6 +226,6 @@ sys.modules["torch"] = None
 import engine.batch, engine.core, engine.sampler, engine.weights
 from engine import models
 from tests import tiny
-assert models.build(tiny.config()).rope.table(64).shape == (64, 16)
+assert models.build(tiny.config()).rope.table(64).rows(0, 64).shape == (64, 16)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,7 +1,444 @@
+"""Algorithm 1 and the comparison of costs: against a plain look at every TE and every pair, and what must hold for all."""
+
 from __future__ import annotations
 
-from sched.admission import LATEST, SOONEST, queue_is_full, retry_after
-from sched.policy import Snapshot, least_loaded
+import re
+from dataclasses import dataclass, field
+from math import ceil
+from random import Random
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+
+from sched.costs import Costs
+from sched.policy import HEAT, MISSED, TOLERANCE, WAIT, WORK, Ask, Choice, Order, Snapshot, choose, heir, least_loaded
+from sched.view import ROLES, View
+
+BLOCK = 16
+COSTS = Costs(
+    p0=2e-3, p1=5e-5, p2=2e-9, p3=4e-9, d0=1e-2, d1=2e-4, d2=1e-8, chunk=512, peer0=1e-3, peer=1e-6, dram=4e-6, ssd=1e-4
+)
+ORDERS: tuple[Order, ...] = ("paper", "cost")
+
+
+class Length(NamedTuple):
+    mean: float
+    low: float
+    high: float
+    confidence: float = 0.8
+
+
+def about(tokens: float) -> Length:
+    return Length(tokens, tokens / 2, tokens * 2)
+
+
+class Found(NamedTuple):
+    tes: np.ndarray
+    blocks: np.ndarray
+    tiers: np.ndarray
+
+
+@dataclass
+class FakeTree:
+    """TE -> blocks of whatever prompt is asked for; and (DRAM, SSD) blocks in the tiers from the first on."""
+
+    has: dict[int, int] = field(default_factory=dict)
+    tiers: tuple[int, int] = (0, 0)
+    block_size: int = BLOCK
+
+    def match(self, keys):
+        has = {te: min(count, len(keys)) for te, count in self.has.items() if count}
+        rows = [self.behind(count, len(keys)) for count in (*has.values(), 0)]
+        return Found(np.array(list(has), dtype=np.int64), np.array(list(has.values()), dtype=np.int64), np.array(rows))
+
+    def behind(self, count: int, most: int) -> tuple[int, int]:
+        dram, ssd = min(self.tiers[0], most), min(sum(self.tiers), most)
+        return max(dram - count, 0), max(ssd - max(count, dram), 0)
+
+
+class FakeHeat:
+    def __init__(self, value: float = 0.0, confidence: float = 1.0, semi: float | None = None):
+        self.values = {"disaggregated": value, "semi": value if semi is None else semi}
+        self.confidence = confidence
+
+    def value(self, prefill, decode, kind):
+        return self.values[kind], self.confidence
+
+
+def asks(prompt: int = 1000, answer: float = 200, **fields) -> Ask:
+    return Ask(prompt_tokens=prompt, answer=about(answer), keys=[bytes(16)] * (prompt // BLOCK), **fields)
+
+
+def pick(view: View, ask: Ask | None = None, order: Order = "cost", tree=None, heat=None, costs: Costs = COSTS) -> Choice:
+    choice = choose(ask or asks(), view, tree or FakeTree(), heat or FakeHeat(), costs, order)
+    assert choice is not None
+    return choice
+
+
+def some_view(rng: Random, count: int, roles=("colocated", "prefill", "decode", "semi")) -> View:
+    """TEs in any state, some of which take nothing; of semi ones pairs, and workers without an owner."""
+    view = View()
+    for te in range(count):
+        role = rng.choice(roles)
+        owners = [n for n in view.slots if view.role[view.slots[n]] == 3 and view.lender[view.slots[n]] == -1]
+        lender = rng.choice([*owners, -1, 999]) if role == "semi" else -1
+        view.add(
+            te,
+            role,
+            lender,
+            takes=rng.random() < 0.8,
+            sequences=float(rng.randrange(20)),
+            queued_tokens=float(rng.choice([0, 0, rng.randrange(4000)])),
+            running=float(rng.randrange(10)),
+            kv_used=float(rng.randrange(20_000)),
+            kv_total=float(rng.choice([16_000, 32_000])),
+            seats=float(rng.choice([8, 16, 64])),
+            slow=rng.choice([1.0, 1.0, 2.0]),
+            last=float(rng.randrange(100)),
+        )
+    return view
+
+
+# ---- the oracle: one place after the other, in plain arithmetic ---------------------------------------------------------
+
+
+class Oracle:
+    """What places cost, by the formulas as the docs have them, a TE at a time."""
+
+    def __init__(self, ask: Ask, view: View, tree: FakeTree, heat: FakeHeat, costs: Costs):
+        self.ask, self.view, self.tree, self.costs = ask, view, tree, costs
+        kinds = {kind for kind, *_ in self.places()}
+        sure = heat.confidence if len(kinds) > 1 else 0.0
+        self.quicker = {
+            "colocated": 0.0,
+            "prompt": 0.0,
+            "pair": 1 - (1 + sure * heat.values["disaggregated"]) ** -HEAT,
+            "semi": 1 - (1 + sure * heat.values["semi"]) ** -HEAT,
+        }
+
+    def places(self):
+        """(kind, slot that computes the prompt, slot that decodes) of all that can take the task."""
+        view = self.view
+        alone = {role: [] for role in ROLES}
+        for s in view.slots.values():
+            if view.takes[s] and view.lender[s] == -1:
+                alone[ROLES[view.role[s]]].append(s)
+        if self.ask.together:
+            return [("prompt", s, s) for r in ("colocated", "prefill", "semi") for s in alone[r]]
+        pairs = [("pair", p, d) for p in alone["prefill"] for d in alone["decode"]]
+        workers = [s for s in view.slots.values() if view.takes[s] and view.lender[s] >= 0 and view.takes[view.lender[s]]]
+        return [("colocated", s, s) for s in alone["colocated"]] + pairs + [("semi", s, int(view.lender[s])) for s in workers]
+
+    def prefill(self, new: float, context: float) -> float:
+        c, chunks = self.costs, ceil(new / self.costs.chunk)
+        return sum(c.step(new / chunks, context + i * new / chunks, 0, 0) for i in range(chunks))
+
+    def had(self, slot: int) -> tuple[float, float, float]:
+        """(seconds to load, to compute, tokens that need no computing)"""
+        most = (self.ask.prompt_tokens - 1) // BLOCK
+        te = int(self.view.te[slot])
+        held = min(self.tree.has.get(te, 0), most)
+        dram, ssd = (n * BLOCK for n in self.tree.behind(held, most))
+        held *= BLOCK
+        ways = [(0.0, self.prefill(self.ask.prompt_tokens - held, held), held)]
+        reach, load = held, self.costs.tier0
+        for more, second in ((dram, self.costs.dram), (ssd, self.costs.ssd)):
+            reach, load = reach + more, load + more * second
+            if reach > held:
+                ways.append((load, self.prefill(self.ask.prompt_tokens - reach, reach), reach))
+        if te == self.ask.home and (home := min(self.ask.home_tokens, self.ask.prompt_tokens - 1)) > held:
+            return 0.0, self.prefill(self.ask.prompt_tokens - home, home), home
+        return min(ways, key=lambda w: w[0] + w[1])
+
+    def busy(self, s: int) -> float:
+        return self.costs.d1 * self.view.sequences[s] + self.costs.d2 * self.view.kv_used[s]
+
+    def tpot(self, s: int) -> float:
+        c = self.costs
+        stall = self.prefill(c.prompt - c.found, c.found) / c.answer if self.view.role[s] in (0, 3) else 0.0
+        return self.view.slow[s] * (c.d0 + c.d1 + c.d2 * self.ask.prompt_tokens + self.busy(s) + stall * self.view.sequences[s])
+
+    def wait(self, s: int) -> float:
+        c, v = self.costs, self.view
+        token = self.prefill(c.prompt, 0) / c.prompt + self.busy(s) / c.chunk
+        kv = (v.kv_used[s] + v.queued_tokens[s] + self.ask.prompt_tokens) / v.kv_total[s]
+        short = max(kv - 1, (v.sequences[s] + 1) / v.seats[s] - 1, 0.0)
+        return v.queued_tokens[s] * token * v.slow[s] + short * c.answer * self.tpot(s)
+
+    def cost(self, kind: str, p: int, d: int) -> tuple[float, float]:
+        """(cost, seconds to the first token)"""
+        ask, c, v = self.ask, self.costs, self.view
+        holder = d if kind == "semi" else p
+        load, compute, cached = self.had(holder)
+        own = compute * v.slow[p]
+        if kind != "semi":
+            own += v.slow[p] * self.busy(p) * (ask.prompt_tokens - cached) / c.chunk
+        first = self.wait(p) + load + own + (self.wait(d) if p != d else 0.0)
+        answer = max(ask.answer.mean, 1.0)
+        rest = (answer - 1) * self.tpot(d) if kind != "prompt" else 0.0
+        cost = first + rest + WAIT * c.crowd * (first - own - load)
+        cost += (v.sequences[holder] + WORK * c.crowd) * own
+        if kind != "prompt":
+            cost += v.sequences[d] * v.slow[d] * min(answer, c.answer) * (c.d1 + c.d2 * ask.prompt_tokens)
+            if ask.tpot_slo is not None:
+                cost += MISSED * (answer - 1) * max(0.0, self.tpot(d) - ask.tpot_slo)
+        if ask.ttft_slo is not None:
+            cost += MISSED * max(0.0, first - ask.ttft_slo)
+        brought = c.transfer(ask.prompt_tokens - self.had(d)[2]) if kind == "pair" else 0.0
+        return cost + brought - self.quicker[kind] * (own + rest + brought), first
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_the_cost_order_finds_the_least_of_all_tes_and_pairs(seed):
+    rng = Random(seed)
+    view = some_view(rng, rng.randrange(1, 25))
+    tree = FakeTree({te: rng.randrange(80) for te in range(30) if rng.random() < 0.4}, rng.choice([(0, 0), (30, 0), (20, 30)]))
+    heat = FakeHeat(rng.uniform(-0.5, 1.0), rng.random(), rng.uniform(-0.5, 1.0))
+    ask = asks(rng.randrange(1, 2000), rng.choice([0, 1, 50, 800]), together=rng.random() < 0.2)
+    ask = msgspec.structs.replace(ask, home=rng.randrange(-1, 25), home_tokens=700, tpot_slo=rng.choice([None, 0.015]))
+    # A transfer that takes far longer than computing: where KV lies matters.
+    costs = msgspec.structs.replace(COSTS, peer=rng.choice([1e-6, 1e-3]), crowd=rng.choice([0.0, 5.0, 40.0]), found=100.0)
+    oracle = Oracle(ask, view, tree, heat, costs)
+    places = oracle.places()
+    choice = choose(ask, view, tree, heat, costs, "cost")
+    if not places:
+        assert choice is None
+        return
+    assert choice is not None
+    all_costs = {(k, int(view.te[p]), int(view.te[d])): oracle.cost(k, p, d) for k, p, d in places}
+    cost, first = all_costs[choice.kind, choice.prefill, choice.decode]
+    assert choice.predicted_ttft_ms == pytest.approx(1e3 * first)
+    assert choice.predicted_tpot_ms == pytest.approx(1e3 * oracle.tpot(view.slots[choice.decode]))
+    said = dict(re.findall(r"(\w+) (\d+) ms", choice.reason))
+    assert float(said[choice.kind]) == pytest.approx(1e3 * cost, abs=0.6)
+    assert set(said) == {kind for kind, *_ in places}
+    best = min(all_costs.values())[0]
+    assert cost <= best + TOLERANCE * max(f for _, f in all_costs.values() if f <= first) + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_promise_is_kept_where_that_costs_less_than_missing_it(seed):
+    rng = Random(seed)
+    view = some_view(rng, 16)
+    ask = asks(rng.randrange(1, 2000), 100, ttft_slo=rng.choice([0.01, 0.1, 0.3]))
+    oracle = Oracle(ask, view, FakeTree(), FakeHeat(), COSTS)
+    places = oracle.places()
+    choice = choose(ask, view, FakeTree(), FakeHeat(), COSTS, "cost")
+    if choice is None:
+        assert not places
+        return
+    all_costs = {(k, int(view.te[p]), int(view.te[d])): oracle.cost(k, p, d) for k, p, d in places}
+    cost, first = all_costs[choice.kind, choice.prefill, choice.decode]
+    alone = {key: value for key, value in all_costs.items() if key[0] != "pair"}
+    if alone:
+        assert cost <= min(alone.values())[0] + TOLERANCE * first + 1e-12, "exact but for pairs"
+    # Of pairs those are looked at that are best without the promise and with its price on every second.
+    free = min(c - MISSED * max(0.0, f - ask.ttft_slo) for c, f in all_costs.values())
+    assert cost >= free - 1e-12
+    if first > ask.ttft_slo:
+        assert cost <= min(c + MISSED * min(f, ask.ttft_slo) for c, f in all_costs.values()) + TOLERANCE * first * (1 + MISSED)
+
+
+# ---- what holds for any order -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_is_given_to_a_te_that_takes_nothing_nor_to_half_a_pair(order, seed):
+    rng = Random(seed)
+    view, tree = some_view(rng, 12), FakeTree(dict.fromkeys(range(12), 60))
+    for together in (False, True):
+        choice = choose(asks(together=together), view, tree, FakeHeat(0.3), COSTS, order)
+        oracle = Oracle(asks(together=together), view, tree, FakeHeat(), COSTS)
+        possible = {(k, int(view.te[p]), int(view.te[d])) for k, p, d in oracle.places()}
+        assert (choice is None) == (not possible)
+        if choice is not None:
+            assert (choice.kind, choice.prefill, choice.decode) in possible and choice.reason
+            again = choose(asks(together=together), view, tree, FakeHeat(0.3), COSTS, order)
+            assert again == choice, "the same question, the same answer"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fact", ["sequences", "queued_tokens", "kv_used", "slow"])
+@pytest.mark.parametrize("seed", range(8))
+def test_more_load_never_draws_a_task(order, fact, seed):
+    """Where a TE isn't chosen it isn't either once it has more to do. With prefixes too by cost; in the paper's order more load
+    on one TE may balance the load, and then its prefix counts."""
+    rng = Random(seed)
+    view, heat = some_view(rng, 12), FakeHeat(rng.uniform(-0.5, 0.5))
+    tree = FakeTree({te: rng.randrange(60) for te in range(12)} if order == "cost" else {})
+    before = choose(asks(), view, tree, heat, COSTS, order)
+    if before is None:
+        return
+    for te in set(view.slots) - {before.prefill, before.decode}:
+        value = float(getattr(view, fact)[view.slots[te]])
+        view.update(te, **{fact: value * 2 + 1})
+        after = choose(asks(), view, tree, heat, COSTS, order)
+        assert after is not None and te not in (after.prefill, after.decode)
+        view.update(te, **{fact: value})
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_equals_take_turns_then_the_lowest_slot(order):
+    view = View()
+    for te in (7, 3, 5):
+        view.add(te)
+    order_of = []
+    for number in range(1, 7):
+        te = pick(view, order=order).decode
+        view.update(te, last=float(number))
+        order_of.append(te)
+    assert order_of == [7, 3, 5, 7, 3, 5]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_prompt_only_is_kept_together(order):
+    view = View()
+    view.add(0, "decode")
+    assert choose(asks(together=True), view, FakeTree(), FakeHeat(), COSTS, order) is None
+    view.add(1, "prefill", queued_tokens=500.0)
+    view.add(2, "colocated", queued_tokens=900.0)
+    view.add(3, "semi", queued_tokens=900.0)
+    view.add(4, "semi", lender=3)
+    choice = pick(view, asks(together=True), order)
+    assert (choice.prefill, choice.decode, choice.kind) == (1, 1, "prompt"), "not the worker in another's pool, though it's idle"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_semi_pair_is_one_place(order):
+    view = View()
+    view.add(0, "semi")
+    view.add(1, "semi", lender=0)
+    choice = pick(view, order=order, tree=FakeTree({0: 10}))
+    assert (choice.prefill, choice.decode, choice.kind, choice.cached_tokens) == (1, 0, "semi", 160), "the KV is its owner's"
+    view.remove(0)
+    assert choose(asks(), view, FakeTree(), FakeHeat(), COSTS, order) is None
+
+
+def test_news_of_tes_that_are_gone_count_for_nobody():
+    view = View()
+    view.add(0)
+    choice = pick(view, tree=FakeTree({0: 3, 17: 50}))
+    assert choice.decode == 0 and choice.cached_tokens == 48
+    assert pick(view, asks(32), tree=FakeTree({0: 2})).cached_tokens == 16, "one token is always computed"
+
+
+# ---- Algorithm 1 --------------------------------------------------------------------------------------------------------
+
+
+def both_types(**busy: float) -> View:
+    """Two colocated TEs and a pair; `busy`: queued tokens by role."""
+    view = View()
+    for te, role in enumerate(("colocated", "colocated", "prefill", "decode")):
+        view.add(te, role, queued_tokens=busy.get(role, 0.0))
+    return view
+
+
+def test_the_heat_map_picks_the_type_of_te():
+    choice = pick(both_types(), order="paper", heat=FakeHeat(0.4))
+    assert choice.kind == "pair" and (choice.prefill, choice.decode) == (2, 3) and "heat map +0.40" in choice.reason
+    assert pick(both_types(), order="paper", heat=FakeHeat(-0.2)).kind == "colocated"
+    assert pick(both_types(prefill=9000.0), order="paper", heat=FakeHeat(0.4)).kind == "pair", (
+        "whatever its load: the paper's weakness"
+    )
+    choice = pick(both_types(colocated=500.0), order="paper", heat=FakeHeat(0.4, confidence=0.0))
+    assert choice.kind == "pair" and "load decides" in choice.reason
+    assert pick(both_types(prefill=500.0), order="paper", heat=FakeHeat()).kind == "colocated"
+    view = both_types()
+    view.update(3, takes=False)
+    assert pick(view, order="paper", heat=FakeHeat(0.4)).kind == "colocated", "no pair is whole"
+    view.add(4, "semi")
+    view.add(5, "semi", lender=4)
+    view.update(3, takes=True)
+    assert pick(view, order="paper", heat=FakeHeat(0.1, semi=0.4)).kind == "semi"
+
+
+def test_an_unsure_answer_may_leave_the_type_open():
+    class Steep:
+        def value(self, prefill, decode, kind):
+            return (0.5, 1.0) if decode < 200 else (-0.5, 1.0)
+
+    sure, unsure = Length(190, 10, 2000, 1.0), Length(190, 10, 2000, 0.0)
+    ask = Ask(prompt_tokens=500, answer=sure)
+    assert pick(both_types(), ask, "paper", heat=Steep()).kind == "pair"
+    assert "load decides" in pick(both_types(), Ask(prompt_tokens=500, answer=unsure), "paper", heat=Steep()).reason
+
+
+def test_locality_where_the_load_is_balanced_else_load():
+    view = View()
+    for te in range(3):
+        view.add(te, sequences=1.0, queued_tokens=100.0)
+    tree = FakeTree({1: 20, 2: 40})
+    choice = pick(view, order="paper", tree=tree)
+    assert choice.decode == 2 and choice.cached_tokens == 640 and "longest prefix" in choice.reason
+    view.update(2, queued_tokens=5000.0)
+    choice = pick(view, order="paper", tree=tree)
+    assert choice.decode == 0 and "not balanced" in choice.reason
+    assert pick(view, order="cost", tree=tree).decode == 1, "320 tokens there are worth it, 640 behind 5000 others aren't"
+
+
+def test_a_prefix_in_a_slower_tier_counts_less_by_its_load():
+    view = View()
+    for te in range(2):
+        view.add(te)
+    assert pick(view, order="paper", tree=FakeTree({1: 30}, tiers=(60, 0))).decode == 1, "both can load, one has less to load"
+    choice = pick(view, order="paper", tree=FakeTree({}, tiers=(60, 0)))
+    assert choice.cached_tokens == 960
+    assert pick(view, order="paper", tree=FakeTree({}, tiers=(0, 60))).cached_tokens == 0, "slower than computing"
+
+
+# ---- what the paper's order can't do ------------------------------------------------------------------------------------
+
+
+def test_cost_leaves_an_overloaded_type_and_counts_the_other_types_hits():
+    likes_pairs = FakeHeat(0.3)
+    assert pick(both_types(), heat=likes_pairs).kind == "pair"
+    assert pick(both_types(prefill=9000.0), heat=likes_pairs).kind == "colocated"
+    ask = asks(6000, 50)
+    assert pick(both_types(), ask, heat=likes_pairs).kind == "pair"
+    choice = pick(both_types(), ask, heat=likes_pairs, tree=FakeTree({1: 370}))
+    assert choice.kind == "colocated" and choice.decode == 1 and "pair" in choice.reason
+    assert pick(both_types(), heat=FakeHeat(-0.3)).kind == "colocated"
+
+
+def test_cost_spares_those_that_decode():
+    view = View()
+    view.add(0, sequences=20.0)
+    view.add(1, queued_tokens=1000.0)
+    assert pick(view, asks(4000)).decode == 1, "a long prompt holds up nobody there"
+
+
+def test_cost_brings_kv_where_some_of_it_is():
+    view = View()
+    view.add(0, "prefill")
+    view.add(1, "decode")
+    view.add(2, "decode", sequences=0.1)
+    slow = msgspec.structs.replace(COSTS, peer=1e-3)
+    assert pick(view).decode == 1
+    assert pick(view, tree=FakeTree({2: 40}), costs=slow).decode == 2
+
+
+# ---- sequences that leave -----------------------------------------------------------------------------------------------
+
+
+def test_the_heir_of_a_sequence_is_the_cheapest_that_decodes():
+    view = View()
+    view.add(0, "prefill")
+    assert heir(asks(), view, FakeTree(), COSTS, leaving=0) is None
+    view.add(1, "colocated", sequences=9.0)
+    view.add(2, "decode", sequences=3.0)
+    view.add(3, "semi")
+    choice = heir(asks(), view, FakeTree(), COSTS, leaving=0)
+    assert choice is not None and (choice.prefill, choice.decode) == (0, 2) and "moved from TE 0" in choice.reason
+    choice = heir(asks(), view, FakeTree(), COSTS, leaving=2)
+    assert choice is not None and choice.decode == 1
+    view.update(1, takes=False)
+    assert heir(asks(), view, FakeTree(), COSTS, leaving=2) is None
+
+
+# ---- as it was before ---------------------------------------------------------------------------------------------------
 
 
 def test_least_loaded_counts_sequences_and_queued_prompts():
@@ -12,15 +449,3 @@ def test_least_loaded_counts_sequences_and_queued_prompts():
     assert choice is not None and choice.decode == 0
     choice = least_loaded([Snapshot(1, 0, 0), Snapshot(0, 0, 0)])
     assert choice is not None and choice.decode == 0, "equals: the lowest id"
-
-
-def test_the_queue_has_a_bound_that_counts_every_te():
-    assert not queue_is_full(9, 1, te=2, max_num_seqs=4, max_queued=2)
-    assert queue_is_full(10, 1, te=2, max_num_seqs=4, max_queued=2)
-    assert not queue_is_full(0, 999, te=1, max_num_seqs=1, max_queued=0), "an idle server takes any one request"
-
-
-def test_retry_after_is_the_predicted_wait_within_bounds():
-    assert retry_after(30, 2.0) == 15.0
-    assert retry_after(-5, 2.0) == SOONEST and retry_after(10**6, 1.0) == LATEST
-    assert retry_after(5, 0.0) == 5.0

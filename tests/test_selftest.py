@@ -293,6 +293,7 @@ def test_the_whole_report_on_npu_over_the_stub(tmp_path):
     """
     environment.run(code)
     report = json.loads(to.read_bytes())
-    assert {c["part"] for c in report["checks"]} == {"operators", "sampling", "npu operators", "text"}
+    assert {c["part"] for c in report["checks"]} == {"operators", "sampling", "npu operators", "text", "forks"}
+    assert [c["case"].split(" by")[0] for c in report["checks"] if c["part"] == "forks"][1:] == ["mapped", "copied"]
     assert report["versions"]["torch-npu"] == "2.13.0"
     assert {c["case"].split(",")[0] for c in report["checks"] if c["part"] == "text"} == {"float32", "bfloat16"}

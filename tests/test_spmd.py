@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from engine import models, shmq, spmd
-from engine.capacity import PROCESS_BYTES, Machine, resolve, threads_for
-from engine.config import Config
+from engine.capacity import Machine, process_bytes, resolve, threads_for
+from engine.config import Config, most_processes
 from engine.devices import Rank
 from engine.devices.cpu_native import NativeKVCache
 from engine.distflow import block_spans, packed_block, pair, spans_between
@@ -237,11 +237,10 @@ def test_cores_and_memory_are_divided_among_ranks():
     model = models.build(tiny.config(num_attention_heads=9, num_key_value_heads=3, head_dim=64, intermediate_size=1536))
     box = Machine(8 << 30, 6, compiled=True)
     config, _ = resolve(Config(device="cpu", tensor_parallel_size=3), model, 1 << 28, box)
-    assert threads_for(config, box) == 2
+    assert threads_for(box.cores, most_processes(config)) == 2
     with pytest.raises(UserError, match="a process"):
-        resolve(
-            Config(device="cpu", tensor_parallel_size=3), model, 1 << 28, Machine((1 << 28) + 3 * PROCESS_BYTES, 6, compiled=True)
-        )
+        small = Machine((1 << 28) + 3 * process_bytes(panels=True), 6, compiled=True)
+        resolve(Config(device="cpu", tensor_parallel_size=3), model, 1 << 28, small)
 
 
 # ---- collectives of accelerators, by gloo on torch's cpu device ---------------------------------------------------------

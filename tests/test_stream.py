@@ -41,6 +41,21 @@ def test_what_came_before_the_reader_is_kept_for_it() -> None:
     asyncio.run(run())
 
 
+def test_the_newest_note_is_kept_for_the_reader_and_later_ones_come_as_they_are() -> None:
+    async def run() -> None:
+        stream, notes = Stream(1), []
+        stream.note("0 %")
+        stream.note("40 %")
+        running = asyncio.create_task(stream.run(lambda _: None, notes.append))
+        await asyncio.sleep(0)
+        stream.note("80 %")
+        assert notes == ["40 %", "80 %"]
+        stream.feed([delta("a", "stop")])
+        await running
+
+    asyncio.run(run())
+
+
 def test_a_sink_that_fails_is_told_to_its_own_reader() -> None:
     def broken(deltas: list[Delta]) -> None:
         raise ZeroDivisionError("in the sink")

@@ -13,21 +13,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import native
+from engine import models, native
 from engine.models import WeightPart, WeightSpec
 from engine.native import cpu
 from engine.types import Packing, Quantization, UserError
 from engine.weights import (
     SLAB_ALIGN,
     TENSOR_ALIGN,
+    Description,
     Manifest,
+    describe,
     map_slabs,
     open_checkpoint,
     pack,
     packed_kind,
     packed_size,
+    read_description,
     round_to_bfloat16,
 )
+from tests import tiny
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 5, "tie_word_embeddings": True}
 
@@ -312,3 +316,22 @@ def test_int8_rows_have_a_scale_each(tmp_path: Path, slab: int) -> None:
     np.testing.assert_allclose(scales, np.abs(whole).max(1) / 127, rtol=1e-6)
     assert np.array_equal(np.abs(values.astype(int)).max(1), np.where(scales > 0, 127, 0))
     assert (np.abs(values * scales[:, None] - whole) <= scales[:, None] * 0.5001).all()
+
+
+def test_a_description_and_private_copies_of_slabs(tmp_path):
+    """What is packed, read back in another process's way: mapped, and copied."""
+    checkpoint = open_checkpoint(tiny.make(tmp_path / "m"))
+    specs = models.build(checkpoint.config).weights()
+    slab, described = os.memfd_create("slab"), os.memfd_create("description")
+    told: list[tuple[int, int]] = []
+    manifest = pack(checkpoint, specs, Packing("float32"), slab, lambda done, total: told.append((done, total)))
+    assert told[-1] == (sum(e.nbytes for e in manifest.entries),) * 2
+    describe(described, Description(checkpoint.config, manifest))
+    assert read_description(described) == Description(checkpoint.config, manifest)
+    mapped, copied = map_slabs(manifest, [slab]), map_slabs(manifest, [slab], copy=True)
+    os.pwrite(slab, bytes(manifest.nbytes), 0)
+    for entry in manifest.entries:
+        (part,), (own,) = mapped[entry.name], copied[entry.name]
+        assert native.checksum(own.data) == entry.checksum and own.data.readonly and not any(part.data), entry.name
+    for fd in (slab, described):
+        os.close(fd)

@@ -15,13 +15,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from engine.devices import ascend
 from engine.devices.kv_pool import DevicePool, KVPool
 from engine.models import WeightPart
+from engine.models.rope import Table
+from engine.native import cpu
 from engine.types import KVLayout, Memory, UserError, WeightFormat
 
 # An installed torch-npu would be imported by `import torch`, which fails where there is no CANN: --device npu imports it itself.
@@ -164,8 +166,8 @@ class Device(Protocol):
         """A packed weight as the device reads it; on cpu a view of the parts' data, which must outlive it."""
         ...
 
-    def constant(self, array: np.ndarray) -> Tensor:
-        """A small host array (a rope table) on the device, in its own dtype."""
+    def rope_table(self, table: Table) -> Tensor:
+        """What `rope_store` reads; on the compiled kernels its rows come when a step first needs them."""
         ...
 
     def kv_cache(
@@ -260,6 +262,44 @@ class Device(Protocol):
 
     def all_gather(self, out: Tensor, shard: Tensor) -> None:
         """`out` whole on every rank, once each has written its `shard`: side by side in rank order, so that no sum changes."""
+        ...
+
+
+class Form(NamedTuple):
+    """A tensor that a device makes of a packed weight, as it lies in the device's memory."""
+
+    kind: str  # the spec's; or "scale" or "scale16", of a matrix in int8
+    dtype: str
+    shape: tuple[int, ...]
+    format: WeightFormat
+    nbytes: int
+
+
+class SlabDevice(Protocol):
+    """What a device with memory of its own adds, so that its weights lie in slabs that other processes can open
+    (engine/weight_slabs.py). Addresses are this process's."""
+
+    memory: str  # its kind to engine/native/ipc.py
+    index: int
+
+    def several(self) -> bool:
+        """Whether this process sees other devices of its kind."""
+        ...
+
+    def forms(self, part: WeightPart) -> list[Form]:
+        """What becomes of a packed weight."""
+        ...
+
+    def fill(self, parts: Sequence[WeightPart], places: Sequence[Sequence[int]]) -> None:
+        """Copy packed weights here and put each one's `forms` to their places. All of it is there when this returns."""
+        ...
+
+    def over(self, form: Form, address: int) -> Tensor:
+        """A tensor over memory that holds it."""
+        ...
+
+    def assembled(self, forms: Sequence[Form], tensors: Sequence[Tensor]) -> Tensor:
+        """A weight as `Device.weight` gives it, of the tensors of its forms."""
         ...
 
 
@@ -367,6 +407,8 @@ def preload(name: str, weights: WeightFormat) -> None:
     """Import what `open_device` will need, touching no device and starting no thread: the keeper forks afterwards."""
     if weights == "panels":
         import engine.devices.cpu_native
+
+        cpu.load()
     elif name == "npu":
         with contextlib.suppress(ImportError, OSError):  # `open_device` says what is missing
             import engine.devices.npu

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -50,10 +48,12 @@ def library_path_set() -> bool:
 
 
 def plugin() -> str:
-    """torch-npu's version as installed, "" where it isn't. Looks its metadata up and imports nothing."""
+    """torch-npu's version as installed, "" where it isn't. Looks its metadata up and imports nothing of it."""
+    from importlib import metadata  # some 10 ms, and e-mail's parser in the memory of every TE
+
     try:
-        return importlib.metadata.version("torch-npu")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("torch-npu")
+    except metadata.PackageNotFoundError:
         return ""
 
 

@@ -26,6 +26,7 @@ from engine.devices.kv_pool import KVPool
 from engine.devices.torch_device import over, rows_layout
 from engine.devices.torch_sampler import Sampler, logprobs, logprobs_where_asked
 from engine.models import WeightPart
+from engine.models.rope import Table
 from engine.types import Memory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,6 +67,9 @@ class CpuDevice:
 
     def constant(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array))
+
+    def rope_table(self, table: Table) -> Tensor:
+        return self.constant(table.rows(0, table.length))
 
     def kv_cache(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None

@@ -12,8 +12,8 @@ float32 means float32 here (no TF32), so that texts can be compared with the cpu
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.devices import Forward, StepInputs, StepView, torch_ops
+from engine.devices import Form, Forward, StepInputs, StepView, torch_ops
 from engine.devices.kv_pool import DevicePool
 from engine.devices.torch_device import (
+    STORED,
     Cell,
     Frame,
     SlabKVCache,
     StreamDevice,
     common_bytes,
     decode_shape,
-    over,
     padded,
     told_of_memory,
 )
@@ -117,15 +117,14 @@ class CudaDevice(StreamDevice):
         self.pool: Any = None  # memory that all graphs share: one runs at a time
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-    def weight(self, parts: Sequence[WeightPart]) -> Tensor:
-        """A packed weight, copied once; vectors take the activations' dtype."""
-        (part,) = parts  # row-major matrices are of one dtype
-        with told_of_memory("--model: its weights don't fit the GPU's memory; use a smaller model", "model"):
-            value = over(part.data, DTYPES[part.dtype]).view(part.shape).to(self.where)
-            return value.to(self.dtype) if part.kind == "vector" else value
+    def forms(self, part: WeightPart) -> list[Form]:
+        """Vectors take the activations' dtype."""
+        dtype = str(self.dtype).removeprefix("torch.") if part.kind == "vector" else part.dtype
+        return [Form(part.kind, dtype, part.shape, "rows", prod(part.shape) * STORED[dtype].itemsize)]
 
-    def constant(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(self.where)
+    def converted(self, part: WeightPart, raw: Tensor) -> list[Tensor]:
+        value = raw.view(STORED[part.dtype]).view(part.shape)
+        return [value.to(self.dtype) if part.kind == "vector" else value]
 
     def kv_cache(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None

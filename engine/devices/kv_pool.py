@@ -94,11 +94,17 @@ class DevicePool:
         return self.exported
 
 
-def open_memory(memory: Memory) -> int:
+def shown(fd: int) -> Memory:
+    """A memfd of this process, as others open it."""
+    found = os.fstat(fd)
+    return Memory(os.getpid(), fd, found.st_ino, found.st_size)
+
+
+def open_memory(memory: Memory, writable: bool = True) -> int:
     """A descriptor of another process's memfd. Raises `UserError` where that process is gone."""
     gone = f"the memory of process {memory.pid} is gone"
     try:
-        fd = os.open(f"/proc/{memory.pid}/fd/{memory.fd}", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{memory.pid}/fd/{memory.fd}", (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as e:
         raise UserError(f"{gone}: {e.strerror}") from None
     found = os.fstat(fd)

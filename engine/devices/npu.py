@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +24,11 @@ import torch.nn.functional as F
 import torch_npu
 from torch import Tensor
 
-from engine.devices import Forward, StepInputs, StepView, torch_ops
+from engine.devices import Form, Forward, StepInputs, StepView, torch_ops
 from engine.devices.kv_pool import PAGE, DevicePool
 from engine.devices.torch_device import (
     BUCKETS,
+    STORED,
     Cell,
     Frame,
     Launched,
@@ -34,7 +36,6 @@ from engine.devices.torch_device import (
     StreamDevice,
     common_bytes,
     decode_shape,
-    over,
     padded,
     told_of_memory,
 )
@@ -44,6 +45,7 @@ from engine.types import Memory, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK_SIZE = 128
+ND = 2  # row-major (ACL_FORMAT_ND)
 FRACTAL_NZ = 29  # the matrix unit's own layout: tiles of 16 x 16 (ACL_FORMAT_FRACTAL_NZ)
 MASK_SIZE = 2048  # the causal mask that the fused attention wants, whatever the lengths
 CAUSAL, BAND = 3, 4  # its sparse modes: aligned at the last token of queries and keys; the same with a window
@@ -127,10 +129,12 @@ class NpuDevice(StreamDevice):
             )
         torch.npu.set_device(index)
         torch.npu.matmul.allow_hf32 = False  # float32 means float32: it is there to be compared with
+        torch.npu.config.allow_internal_format = True  # else the plugin leaves matrices in rows, with a warning
         super().__init__(torch.npu, torch.device("npu", index), DTYPES[dtype], torch.float32)
         self.fused = self.dtype != torch.float32
         self.graphs = graphs and self.fused
         self.mask = torch.ones((MASK_SIZE, MASK_SIZE), dtype=torch.bool).triu(1).to(torch.int8).to(self.where)
+        self.nz_sizes: dict[tuple[tuple[int, ...], torch.dtype], int] = {}  # bytes of matrices in the matrix unit's format
         self.seen: set[tuple[int, int]] = set()  # keys of decode steps that ran
         self.captured: dict[tuple[int, int], list[Captured]] = {}  # two, the next to be used first
         self.capturing: list[Task] | None = None
@@ -140,31 +144,58 @@ class NpuDevice(StreamDevice):
         self.frame: Frame | None = None  # of the step being launched
 
     # ---- memory -----------------------------------------------------------------------------------------------------
-    def weight(self, parts: Sequence[WeightPart]) -> Tensor | Matrix:
-        """A packed weight, copied once. Matrices go into the matrix unit's format; vectors take the activations' dtype, as the
-        operators want them."""
-        (part,) = parts  # row-major weights are of one dtype
-        with told_of_memory(
-            "--model: its weights don't fit the NPU's memory; use --quantization int8 or a smaller model", "model"
-        ):
-            if part.dtype == "int8":
-                return self.int8_matrix(part)
-            value = over(part.data, DTYPES[part.dtype]).view(part.shape).to(self.where)
-            if part.kind == "vector":
-                return value.to(self.dtype)
-            if part.kind == "embedding":
-                return value  # rows are looked up in it
-            return Matrix(torch_npu.npu_format_cast(value, FRACTAL_NZ) if self.fused else value)
+    def forms(self, part: WeightPart) -> list[Form]:
+        """Matrices go into the matrix unit's format; vectors take the activations' dtype, as the operators want them; of an
+        embedding rows are looked up."""
+        own = str(self.dtype).removeprefix("torch.")
+        if part.dtype == "int8":
+            rows, columns = part.shape
+            matrix = Form("matrix", "int8", (columns, rows), "nz", self.nz_bytes((columns, rows), torch.int8))
+            scale16 = Form("scale16", own, (rows,), "rows", rows * self.dtype.itemsize)
+            return [matrix, Form("scale", "float32", (rows,), "rows", 4 * rows), scale16]
+        dtype = own if part.kind == "vector" else part.dtype
+        if part.kind == "matrix" and self.fused:
+            return [Form(part.kind, dtype, part.shape, "nz", self.nz_bytes(part.shape, STORED[dtype]))]
+        return [Form(part.kind, dtype, part.shape, "rows", prod(part.shape) * STORED[dtype].itemsize)]
 
-    def int8_matrix(self, part: WeightPart) -> Matrix:
-        rows, columns = part.shape
-        value = over(part.data[: rows * columns], torch.int8).view(rows, columns).to(self.where)
-        scale = over(part.data[-4 * rows :], torch.float32).to(self.where)
-        value = torch_npu.npu_format_cast(value.t().contiguous(), FRACTAL_NZ)
-        return Matrix(value, scale, scale.to(self.dtype))
+    def nz_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Tiles are whole. How many bytes that is the plugin says, by making such a tensor: layers repeat the few shapes."""
+        key = shape, dtype
+        if key not in self.nz_sizes:
+            self.nz_sizes[key] = self.shell(shape, dtype, FRACTAL_NZ).untyped_storage().nbytes()
+        return self.nz_sizes[key]
 
-    def constant(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(self.where)
+    def shell(self, shape: tuple[int, ...], dtype: torch.dtype, acl_format: int) -> Tensor:
+        return torch_npu.empty_with_format(shape, dtype=dtype, device=self.where, acl_format=acl_format)
+
+    def converted(self, part: WeightPart, raw: Tensor) -> list[Tensor]:
+        if part.dtype == "int8":
+            rows, columns = part.shape
+            value = raw[: rows * columns].view(torch.int8).view(rows, columns)
+            scale = raw[-4 * rows :].view(torch.float32)
+            return [torch_npu.npu_format_cast(value.t().contiguous(), FRACTAL_NZ), scale, scale.to(self.dtype)]
+        value = raw.view(STORED[part.dtype]).view(part.shape)
+        if part.kind == "matrix" and self.fused:
+            return [torch_npu.npu_format_cast(value, FRACTAL_NZ)]
+        return [value.to(self.dtype) if part.kind == "vector" else value]
+
+    def assembled(self, forms: Sequence[Form], tensors: Sequence[Tensor]) -> Tensor | Matrix:
+        return Matrix(*tensors) if forms[0].kind == "matrix" else tensors[0]
+
+    def bytes_of(self, tensor: Tensor, form: Form) -> Tensor:
+        """A cast made a tensor of its own: all of its memory, tiles and what fills them up, is what counts."""
+        if form.format != "nz":
+            return super().bytes_of(tensor, form)
+        assert tensor.untyped_storage().nbytes() == form.nbytes, (form, torch_npu.get_npu_format(tensor))
+        return self.tensor_at(tensor.data_ptr(), torch.uint8, form.nbytes)
+
+    def over(self, form: Form, address: int) -> Tensor:
+        """Operators ask a tensor's storage for its format and shape: each gets one that the plugin made for it, which is then
+        told where it lies; what it had goes. (`npu_change_data_ptr` would do that for floats, and refuses int8.)"""
+        tensor = self.shell(form.shape, STORED[form.dtype], FRACTAL_NZ if form.format == "nz" else ND)
+        there = self.tensor_at(address, torch.uint8, form.nbytes)
+        tensor.untyped_storage()._swap_data_ptr_(there.untyped_storage())
+        return tensor
 
     def kv_cache(
         self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, lender: Memory | None = None

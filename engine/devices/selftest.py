@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from engine import capacity, devices, models, weights
-from engine.devices import StepInputs, StepOutput, ascend, npu_calls, open_device
+from engine.devices import StepInputs, StepOutput, ascend, fork_check, npu_calls, open_device
 from engine.devices.operator_cases import BOUNDS, CASES, DTYPES, TOLERANCE, Probe, sampling_rows
 from engine.tokenizer import Tokenizer
 from engine.types import Packing, UserError
@@ -47,7 +47,7 @@ MATRIX = {False: 2048, True: 8192}
 
 
 class Check(msgspec.Struct):
-    part: str  # operators | npu operators | sampling | text | rates
+    part: str  # operators | npu operators | sampling | text | forks | rates
     name: str
     case: str
     ok: bool
@@ -265,6 +265,15 @@ def check_text(name: str, path: Path, report: Report, tell: Tell) -> None:
             add(report, tell, "text", "greedy text", case, False, told(e))
 
 
+def check_forks(name: str, path: Path, report: Report, tell: Tell) -> None:
+    try:
+        for case, ok, found, rate in fork_check.looked_at(name, path, packings(name)[0]):
+            add(report, tell, "forks", "weights", case, ok, found)
+            figure(report, tell, f"weights {case.split()[0]}", rate, "GB/s", case)
+    except Exception as e:
+        add(report, tell, "forks", "weights", "", False, told(e))
+
+
 def packings(name: str) -> list[Packing]:
     """How a device can be given its weights."""
     if devices.kind(name).own_memory:
@@ -419,6 +428,9 @@ def run(name: str, path: Path | None, why_not: str, command: str, tell: Tell) ->
     else:
         tell(f"\ngreedy text of {path.name}, against the reference operators on cpu in float32")
         check_text(name, path, report, tell)
+        if kind.own_memory:
+            tell("\nweights in slabs, and taken by another process")
+            check_forks(name, path, report, tell)
         tell("\nrates")
         try:
             measure_rates(name, path, report, tell)

@@ -23,10 +23,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
-from engine.devices import ALONE, Forward, Logprobs, Rank, StepInputs, StepOutput, StepView
+from engine.devices import ALONE, Form, Forward, Logprobs, Rank, StepInputs, StepOutput, StepView
 from engine.devices.kv_pool import DevicePool
 from engine.devices.torch_sampler import Asked, Sampler, in_order, measure, spread
+from engine.models import WeightPart
+from engine.models.rope import Table
+from engine.native import load
 from engine.types import KVLayout, OutOfMemory
 
 # Sequences of a captured decode step. Between two of them at most a third of the rows is padding.
@@ -36,6 +40,17 @@ FRAMES = 3
 ALIGN = 64  # bytes: where an array may begin
 SETUP_BYTES = 64 << 10  # room for a step's sampling columns besides those that grow with its rows
 ANSWER_WORDS = 1 << 14  # 32-bit words that a step may answer before its pinned memory has to grow
+# Packed weights that go over in one copy, if they lie side by side, and so what loading takes of the device beside them. Some
+# 10 ms over PCIe 4, against which starting a copy is nothing.
+WINDOW_BYTES = 256 << 20
+STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# DLPack's numbers: of devices, and (kind, bits) of types.
+DLPACK_DEVICES = {"cpu": 1, "cuda": 2, "npu": 12}
+DLPACK_TYPES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int8: (0, 8), torch.uint8: (1, 8)}
+
+
+new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Cell:
@@ -201,6 +216,65 @@ class StreamDevice:
         self.inlet = torch.zeros(nbytes, dtype=torch.uint8, device=self.where)
         self.frames = deque(Frame(self, nbytes) for _ in range(FRAMES))
 
+    # ---- weights ----------------------------------------------------------------------------------------------------
+    @property
+    def memory(self) -> str:
+        return self.name if self.where.type != "cpu" else "cpu"
+
+    @property
+    def index(self) -> int:
+        return self.where.index or 0
+
+    def several(self) -> bool:
+        return self.api.device_count() > 1
+
+    def forms(self, part: WeightPart) -> list[Form]:
+        raise NotImplementedError
+
+    def converted(self, part: WeightPart, raw: Tensor) -> list[Tensor]:
+        """The tensors of a packed weight's `forms`; `raw`: its bytes, on the device."""
+        raise NotImplementedError
+
+    def assembled(self, forms: Sequence[Form], tensors: Sequence[Tensor]) -> Any:
+        (tensor,) = tensors
+        return tensor
+
+    def weight(self, parts: Sequence[WeightPart]) -> Any:
+        """A packed weight by itself, in memory of torch's: for looking at operators. A TE's lie in slabs."""
+        (part,) = parts  # row-major weights are of one dtype
+        return self.assembled(self.forms(part), self.converted(part, over(part.data, torch.uint8).to(self.where)))
+
+    def fill(self, parts: Sequence[WeightPart], places: Sequence[Sequence[int]]) -> None:
+        with told_of_memory(f"--model: its weights don't fit the {self.name}'s memory; use a smaller model", "model"):
+            for window in windows(parts):
+                host = spanning(parts[window])
+                raw, begin = host.to(self.where), host.data_ptr()
+                for part, addresses in zip(parts[window], places[window], strict=True):
+                    at = address_of(part.data) - begin
+                    made = self.converted(part, raw[at : at + len(part.data)])
+                    for tensor, form, address in zip(made, self.forms(part), addresses, strict=True):
+                        self.tensor_at(address, torch.uint8, form.nbytes).copy_(self.bytes_of(tensor, form))
+        self.api.synchronize()
+        self.api.empty_cache()  # what it took is the KV cache's
+
+    def bytes_of(self, tensor: Tensor, form: Form) -> Tensor:
+        return tensor.contiguous().view(-1).view(torch.uint8)
+
+    def over(self, form: Form, address: int) -> Tensor:
+        dtype = STORED[form.dtype]
+        return self.tensor_at(address, dtype, form.nbytes // dtype.itemsize).view(form.shape)
+
+    def tensor_at(self, address: int, dtype: torch.dtype, count: int) -> Tensor:
+        """A flat tensor over memory of the device that torch knows nothing of, and which must outlive it."""
+        made = load().dlpack(address, DLPACK_DEVICES[self.where.type], self.index, *DLPACK_TYPES[dtype], count)
+        return from_dlpack(new_capsule(made, b"dltensor", None))
+
+    def constant(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self.where)
+
+    def rope_table(self, table: Table) -> Tensor:
+        return self.constant(table.rows(0, table.length))
+
     def table_width(self) -> int:
         """Entries of a block table that `configure` has room for in the common copy."""
         return 256
@@ -350,6 +424,32 @@ def over(data: memoryview, dtype: torch.dtype) -> Tensor:
     memory = (ctypes.c_char * data.nbytes).from_address(address)
     memory.owner = data
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def address_of(data: memoryview) -> int:
+    return np.frombuffer(data, np.uint8).ctypes.data
+
+
+def windows(parts: Sequence[WeightPart]) -> Iterator[slice]:
+    """Runs of parts that lie one behind the other in host memory, of at most `WINDOW_BYTES` unless one alone is longer."""
+    first, begin, end = 0, 0, 0
+    for i, part in enumerate(parts):
+        at = address_of(part.data)
+        if i == first or at < end or at - end >= ALIGN or (at - begin) % ALIGN or at + len(part.data) - begin > WINDOW_BYTES:
+            if i > first:
+                yield slice(first, i)
+            first, begin = i, at
+        end = at + len(part.data)
+    if parts:
+        yield slice(first, len(parts))
+
+
+def spanning(parts: Sequence[WeightPart]) -> Tensor:
+    """The bytes from the first part's first to the last one's last, as a tensor over them, which keeps them alive."""
+    begin = address_of(parts[0].data)
+    memory = (ctypes.c_char * (address_of(parts[-1].data) + len(parts[-1].data) - begin)).from_address(begin)
+    memory.owner = [part.data for part in parts]
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def rows_layout(shape: tuple[int, ...], dtype: torch.dtype, blocks: int) -> KVLayout:

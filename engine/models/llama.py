@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from engine.devices import Device, KVCache, StepView, Tensor
 from engine.models import PANEL_ROWS, WeightPart, WeightSpec, bounds, take_rows
 from engine.models.rope import Rope
@@ -157,7 +155,7 @@ class Model:
         }.get(name.rpartition(".")[2].removesuffix("_bias"), [])
 
     def bind(self, device: Device, weights: dict[str, Tensor], max_len: int) -> None:
-        """Keep the weights and build the rope table for `max_len` positions."""
+        """Keep the weights, and a rope table for `max_len` positions."""
 
         def layer(i: int) -> Layer:
             own = {name: weights.get(f"layers.{i}.{name}") for name in Layer.__slots__ if name != "window"}
@@ -166,7 +164,7 @@ class Model:
         self.stack = [layer(i) for i in range(self.layers)]
         self.embed, self.final_norm = weights["embed"], weights["final_norm"]
         self.head = weights.get("lm_head", self.embed)
-        self.cos_sin = device.constant(np.ascontiguousarray(self.rope.table(max_len)))
+        self.cos_sin = device.rope_table(self.rope.table(max_len))
 
     # ---- a step -----------------------------------------------------------------------------------------------------
     def forward(self, device: Device, step: StepView, kv: KVCache) -> Tensor:

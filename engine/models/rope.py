@@ -8,13 +8,31 @@ no device and no model.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.types import UserError
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class Table(NamedTuple):
+    """Cosines and sines of every position, to be computed when they are needed: few contexts come near the longest."""
+
+    length: int  # positions
+    inverse: np.ndarray  # radians a position
+    factor: float  # on cosine and sine
+
+    @property
+    def width(self) -> int:
+        return 2 * len(self.inverse)
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        """float32 [last - first, width] of these positions: cosines in the first half of each row, sines in the second."""
+        angles = np.arange(first, last, dtype=np.float32)[:, None] * self.inverse
+        rows = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return rows * np.float32(self.factor) if self.factor != 1.0 else rows
 
 
 class Rope:
@@ -43,12 +61,9 @@ class Rope:
         if self.kind in ("linear", "yarn"):
             self.max_len = int((self.original if self.kind == "yarn" else max_positions) * self.factor)
 
-    def table(self, length: int) -> np.ndarray:
-        """float32 [length, head_dim]: cosines in the first half of each row, sines in the second."""
-        inverse, attention_factor = self.frequencies(length)
-        angles = np.arange(length, dtype=np.float32)[:, None] * inverse
-        table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        return table * np.float32(attention_factor) if attention_factor != 1.0 else table
+    def table(self, length: int) -> Table:
+        """For contexts of up to `length` positions. Raises `UserError`."""
+        return Table(length, *self.frequencies(length))
 
     def frequencies(self, length: int) -> tuple[np.ndarray, float]:
         """float32 radians a position, one for each pair of a head's dimensions, and the factor on cosine and sine."""

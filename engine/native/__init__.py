@@ -23,7 +23,7 @@ from typing import Any
 from engine.types import UserError
 
 HERE = Path(__file__).parent
-SOURCES = ("ring.c", "fork.c", "ipc.c")
+SOURCES = ("process.c", "ring.c", "fork.c")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -50,6 +50,7 @@ QUICK: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_set_name": (None, [c_char_p]),
     "ds_map_slab": (c_int, [c_int, c_uint64, c_int, POINTER(c_void_p)]),
     "ds_unmap_slab": (None, [c_void_p, c_uint64]),
+    "ds_dlpack": (c_void_p, [c_void_p, c_int, c_int, c_int, c_int, c_int64]),
 }
 # These wait, or read gigabytes: without the lock.
 SLOW: dict[str, tuple[Any, list[Any] | None]] = {
@@ -58,13 +59,16 @@ SLOW: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_collapse_slab": (c_uint64, [c_void_p, c_uint64]),
     "ds_copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64]),
     "ds_ipc_error": (c_char_p, []),
+    "ds_ipc_allocate": (c_int, [c_char_p, c_int, c_uint64, POINTER(c_void_p)]),
+    "ds_ipc_free": (c_int, [c_char_p, c_int, c_void_p]),
     "ds_ipc_export": (c_int, [c_char_p, c_int, c_void_p, c_uint64, c_char_p]),
-    "ds_ipc_open": (c_int, [c_char_p, c_int, c_char_p, POINTER(c_void_p)]),
+    "ds_ipc_open": (c_int, [c_char_p, c_int, c_char_p, c_uint64, POINTER(c_void_p)]),
     "ds_ipc_close": (c_int, [c_char_p, c_int, c_char_p, c_void_p]),
     "ds_ipc_copy": (
         c_int64,
         [c_char_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64],
     ),
+    "ds_ipc_checksum": (c_int, [c_char_p, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
 }
 
 
@@ -91,14 +95,18 @@ class Library:
     set_name: Callable[[bytes], None]
     map_slab: Callable[..., int]
     unmap_slab: Callable[[int, int], None]
+    dlpack: Callable[[int, int, int, int, int, int], int]
     checksum: Callable[[int, int], int]
     collapse_slab: Callable[[int, int], int]
     copy: Callable[[int, int, int, int, int, int, int, int], int]
     ipc_error: Callable[[], bytes]
+    ipc_allocate: Callable[..., int]
+    ipc_free: Callable[[bytes, int, int], int]
     ipc_export: Callable[[bytes, int, int, int, Any], int]
     ipc_open: Callable[..., int]
     ipc_close: Callable[[bytes, int, bytes, int], int]
-    ipc_copy: Callable[[bytes, int, int, int, int, int, int, int, int, int, int], int]
+    ipc_copy: Callable[..., int]
+    ipc_checksum: Callable[[bytes, int, int, int, int, int, int, int], int]
 
     def __init__(self, path: Path):
         self.path = path
@@ -196,7 +204,7 @@ def load() -> Library:
     return Library(find() or build())
 
 
-# ---- what fork.c offers --------------------------------------------------------------------------------------------
+# ---- what process.c and fork.c offer ---------------------------------------------------------------------------------
 
 
 def watch_process(pidfd: int) -> None:

@@ -2,7 +2,7 @@
 
 Calls carry the paper's names. This module is the device tier, the blocks of one TE's own KV cache. The slower tiers are beside
 it: pool.py (their index, in the keeper), loads.py (what sequences want of them), tiers.py (their copies, in the TE), ssd.py (the
-files), cost.py (load or recompute).
+files), cost.py (load or recompute), news.py (what the control process is told of all that).
 State is soft: losing all of it costs recomputation and never an answer. RTC knows block numbers, keys and reference counts; it
 never touches a tensor.
 
@@ -69,6 +69,8 @@ class RTC:
         self.copied: dict[int, Place | None] = {}  # blocks being copied -> their place in `idle`; None: referenced
         self.evictions = 0
         self.losses = 0  # of these, blocks that no slower tier was offered
+        # Keys that came (True) or went since somebody looked last (news.py); None: nobody does.
+        self.news: dict[bytes, bool] | None = None
 
     # ---- matching ---------------------------------------------------------------------------------------------------
     def match_by_prefix_token(self, keys: Seq[bytes], tokens: int) -> Match:
@@ -177,6 +179,8 @@ class RTC:
             self.by_key[key] = block
             self.keys[block] = key
             self.parents[block] = parent
+            if self.news is not None:
+                self.news[key] = True
             return block
         if known != block:
             self._reference(known)
@@ -293,6 +297,8 @@ class RTC:
         key = self.keys[block]
         assert key is not None
         del self.by_key[key]
+        if self.news is not None:
+            self.news[key] = False
         self.keys[block] = None
         self.parents[block] = -1
         self.until[block] = 0.0

@@ -71,6 +71,7 @@ class Dram:
         self.cold: Order[bytes] = Order()  # written blocks that are in no file
         self.pins: dict[int, Counter[bytes]] = {}  # TE -> key -> how often
         self.evictions = 0
+        self.left: list[bytes] = []  # evicted, and no TE was told
 
     def put(self, te: int, key: bytes, until: float, now: float) -> tuple[int, int]:
         """A slot to write `key` into and its generation; or KNOWN, or NOWHERE."""
@@ -97,6 +98,7 @@ class Dram:
         self.idle.discard(key)
         self.cold.discard(key)
         self.evictions += 1
+        self.left.append(key)
         return self.blocks.pop(key).slot
 
     def stored(self, te: int, key: bytes, now: float, filed: bool) -> None:
@@ -218,6 +220,8 @@ class Pool:
         self.files = files
         self.name = name
         self.unlinking: list[str] = files.shrink(0.0) if files is not None else []  # where the limit is lower than last time
+        self.told: dict[str, bytes] = {}  # files that TEs know of, and their keys
+        self.left: list[bytes] = []  # of those that are gone, and no TE was told
 
     def answer(self, te: int, message: ToPool, now: float) -> FromPool | None:
         """What `te` is told, if it is to be told anything."""
@@ -236,6 +240,7 @@ class Pool:
                     self.dram.release(te, key, now)
             case Lost() if self.files is not None:
                 self.files.forget(self.name(message.key))
+                self.told.pop(self.name(message.key), None)
         return None
 
     def put(self, te: int, message: Put, now: float) -> Placed:
@@ -269,6 +274,7 @@ class Pool:
                 generations.append(block.generation)
             elif self.files is not None and (name := self.name(key)) in self.files:
                 self.files.use(name, now)
+                self.told[name] = key
                 slots.append(FILE)
                 generations.append(0)
             else:
@@ -277,8 +283,10 @@ class Pool:
 
     def take_file(self, message: Filed, now: float) -> Unlink:
         assert self.files is not None
+        self.told[self.name(message.key)] = message.key
         gone, self.unlinking = self.unlinking, []
         gone += self.files.add(self.name(message.key), message.nbytes, now, message.until)
+        self.left += [key for name in gone if (key := self.told.pop(name, None)) is not None]
         if self.dram is not None:
             self.dram.cold.discard(message.key)
         return Unlink(gone, self.fill())
@@ -309,12 +317,20 @@ class Pool:
             self.dram.leave(te, now)
 
     def fill(self) -> Fill:
+        """To be sent to a TE, which then knows what has left the tiers."""
         dram, files = self.dram, self.files
+        left, self.left = self.left, []
+        if dram is not None:
+            left += dram.left
+            dram.left = []
+            left = [key for key in left if (block := dram.blocks.get(key)) is None or block.writer >= 0]
         return Fill(
             dram_bytes=(dram.slots - len(dram.free)) * self.slot_bytes if dram is not None else 0,
             ssd_bytes=files.total if files is not None else 0,
             dram_evictions=dram.evictions if dram is not None else 0,
             ssd_evictions=files.evictions if files is not None else 0,
+            on_ssd=[key for key in left if self.filed(key)],
+            gone=[key for key in left if not self.filed(key)],
         )
 
     def check(self) -> None:

@@ -114,6 +114,8 @@ class Tiers:
         self.encoder = msgspec.msgpack.Encoder()
         self.decoder = msgspec.msgpack.Decoder(FromPool)
         self.fill = Fill()
+        # Where blocks were stored or found, or that they are nowhere, in the order in which that was heard; None: nobody asks.
+        self.news: deque[tuple[bytes, Tier | None]] | None = None
         self.gone = False  # the keeper, and the pool with it
         self.torn = 0  # blocks whose file or slot was not what it should have been
         self.failed_writes = 0
@@ -222,7 +224,13 @@ class Tiers:
             self._lose()
         answer = self.decoder.decode(data)
         self.fill = answer.fill
+        self._note(answer.fill.on_ssd, "ssd")
+        self._note(answer.fill.gone, None)
         return answer
+
+    def _note(self, keys: list[bytes], tier: Tier | None) -> None:
+        if self.news is not None:
+            self.news.extend((key, tier) for key in keys)
 
     def _lose(self) -> NoReturn:
         self.gone = True
@@ -241,6 +249,10 @@ class Tiers:
                 answer = self._ask(Match(part))
                 assert isinstance(answer, Matched)
                 offers += map(Offer, answer.slots, answer.generations)
+                there = list(zip(part, answer.slots, strict=False))
+                self._note([key for key, slot in there if slot != FILE], "dram")
+                self._note([key for key, slot in there if slot == FILE], "ssd")
+                self._note(part[len(there) :][:1], None)
                 if len(answer.slots) < len(part):
                     break
         except PoolGone:
@@ -284,12 +296,14 @@ class Tiers:
             self.store.read(key)
         except FileNotFoundError:  # made room for another between the answer and now
             self._say(Lost(key))
+            self._note([key], None)
             return False
         except Torn as e:
             self.torn += 1
             log.warning("event=torn_kv_file file=%s why=%s", self.store.path(key).name, e)
             self.store.delete(key)
             self._say(Lost(key))
+            self._note([key], None)
             return False
         self._copy_in(block, np.frombuffer(self.store.payload, np.uint8))
         return True
@@ -311,6 +325,7 @@ class Tiers:
                     yield
                 if stored:
                     self._say(Stored(stored))
+                    self._note(stored, "dram")
                 while answer.demote:
                     yield from self._demote(answer.demote)
                     if not leaving or at + PUT_AT_ONCE < len(blocks):
@@ -334,7 +349,10 @@ class Tiers:
     def _file_block(self, block: int, key: bytes, until: float) -> bool:
         assert self.store is not None
         self._copy_out(block, np.frombuffer(self.store.payload, np.uint8))
-        return self._write_file(key, until)
+        if not self._write_file(key, until):
+            return False
+        self._note([key], "ssd")
+        return True
 
     def _write_file(self, key: bytes, until: float) -> bool:
         """Write what is in the store's payload; whether the disk took it."""

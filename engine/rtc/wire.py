@@ -69,12 +69,14 @@ ToPool = Put | Stored | Match | Release | Filed | Lost
 
 
 class Fill(msgspec.Struct, array_like=True, gc=False):
-    """How full the tiers of the box are."""
+    """How full the tiers of the box are, and what has left them since the last time that any TE was told."""
 
     dram_bytes: int = 0
     ssd_bytes: int = 0
     dram_evictions: int = 0  # blocks that left DRAM; also those that are in a file
     ssd_evictions: int = 0
+    on_ssd: list[bytes] = []  # keys of blocks that are no longer in DRAM, but in a file
+    gone: list[bytes] = []  # ... and that are nowhere any more
 
 
 class Demoted(msgspec.Struct, array_like=True, gc=False):

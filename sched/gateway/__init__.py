@@ -6,8 +6,11 @@ deltas in OpenAI's shapes. It decides nothing about scheduling and touches no TE
     prompt.py   from a request's words to token ids, and whether they fit
     openai.py   /v1/completions and /v1/chat/completions
     shapes.py   replies and chunks, byte for byte
+    limits.py   what a key may take, deadlines and targets, and the submission between
     sse.py      server-sent events without a coroutine per event
     admin.py    models, tokenize, health, metrics, jobs, task executors
+    scaling.py  how many TEs there are: scale, sleep, wake, drain, and vLLM's names for them
     errors.py   OpenAI's error object
-    client.py   the other end of the wire, for `chat` and `bench serve`
+    client.py   the other end of the wire, for `chat`, `ps` and `bench serve`
+    ps.py       what a server runs, as tables for a terminal
 """

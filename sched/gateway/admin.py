@@ -30,6 +30,8 @@ def card(model: Card) -> dict[str, Any]:
         "root": model.root,
         "parent": None,
         "max_model_len": model.max_model_len,
+        "state": model.state,
+        "te": model.te,
     }
 
 
@@ -38,10 +40,14 @@ async def models(request: web.Request) -> web.Response:
 
 
 async def model(request: web.Request) -> web.Response:
-    name = request.match_info["id"]
+    return reply(card(listed(request, request.match_info["id"])))
+
+
+def listed(request: web.Request, name: str) -> Card:
+    """The card of the model called `name`, "" being the default one. Raises `Problem`."""
     for one in request.app[SERVICE].models():
-        if one.id == name:
-            return reply(card(one))
+        if name in ("", one.id):
+            return one
     raise errors.Problem(f"The model `{name}` does not exist", "model", status=404, code="model_not_found")
 
 
@@ -52,7 +58,7 @@ async def tokenize(request: web.Request) -> web.Response:
     asked = schema.decode(schema.TOKENIZE, await request.read())
     if (asked.prompt is None) == (asked.messages is None):
         raise errors.Problem("send either prompt or messages", "prompt", code="missing_required_parameter")
-    model = await served(request.app[SERVICE], asked.model)
+    model = await served(request.app[SERVICE], asked.model, wake=False)
     tokenizer = model.tokenizer
     if asked.messages is not None:
         ids = await prompt.chat_ids(model, asked.messages, asked, add_special=bool(asked.add_special_tokens))
@@ -65,7 +71,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     asked = schema.decode(schema.DETOKENIZE, await request.read())
-    model = await served(request.app[SERVICE], asked.model)
+    model = await served(request.app[SERVICE], asked.model, wake=False)
     prompt.check_ids(asked.tokens, model.tokenizer.vocab_size, "tokens")
     text = await off_loop(len(asked.tokens), lambda: model.tokenizer.decode(asked.tokens, skip_special=False))
     return reply({"prompt": text})
@@ -98,7 +104,7 @@ async def job(request: web.Request) -> web.Response:
 
 
 async def executors(request: web.Request) -> web.Response:
-    return reply({"object": "list", "data": request.app[SERVICE].executors()})
+    return reply({"object": "list", "data": await request.app[SERVICE].executors()})
 
 
 async def give_role(request: web.Request) -> web.Response:

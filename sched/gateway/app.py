@@ -5,22 +5,26 @@ It runs inside somebody else's loop: no signal handlers, no printing, and closin
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import hmac
 import logging
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from engine.types import UserError
-from sched.gateway import admin, contexts, errors, openai
+from sched.gateway import admin, contexts, errors, limits, openai, scaling
 from sched.gateway.face import Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT, VERSION
+from sched.gateway.limits import ACCOUNT, LIMIT, TERMS, Account
 from sched.gateway.sse import PING_INTERVAL, Handler, Heart
+from sched.tenants import Key, plain, together
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +52,29 @@ ROUTES = (
     web.get("/v1/jobs/{id}", admin.job),
     web.get("/v1/admin/te", admin.executors),
     web.post("/v1/admin/te/{id}/role", admin.give_role),
+    web.get("/v1/admin/scale", scaling.state),
+    web.post("/v1/admin/scale", scaling.scale),
+    web.post("/v1/admin/sleep", scaling.sleep),
+    web.post("/v1/admin/wake", scaling.wake),
+    web.post("/v1/admin/drain", scaling.drain),
+    web.post("/sleep", scaling.vllm_sleep),
+    web.post("/wake_up", scaling.vllm_wake_up),
+    web.get("/is_sleeping", scaling.vllm_is_sleeping),
 )
 
 
 def build(
-    service: Service, *, api_keys: Sequence[str] = (), version: str = "dev", ping_interval: float = PING_INTERVAL
+    service: Service,
+    *,
+    api_keys: Sequence[str] = (),
+    keys: Sequence[Key] = (),
+    version: str = "dev",
+    ping_interval: float = PING_INTERVAL,
+    clock: Callable[[], float] = time.monotonic,
 ) -> web.Application:
-    """The application over `service`. With `api_keys`, all but health, metrics and version asks for one of them."""
-    app = web.Application(middlewares=[guard(api_keys)], client_max_size=LARGEST_BODY)
+    """The application over `service`. With `api_keys` or `keys`, all but health, metrics and version asks for one of them.
+    `clock`: what the keys' limits go by, in seconds. Raises `UserError` where keys clash."""
+    app = web.Application(middlewares=[guard(together(plain(api_keys), keys), clock)], client_max_size=LARGEST_BODY)
     app[SERVICE], app[VERSION] = service, version
     app[FINGERPRINT] = "fp_" + hashlib.sha256(f"deepserve {version}".encode()).hexdigest()[:10]
     app[HEART] = Heart(ping_interval)
@@ -68,28 +87,36 @@ def build(
 async def name_request(request: web.Request, response: web.StreamResponse) -> None:
     if id := request.get(REQUEST_ID):  # absent only where the request was no HTTP
         response.headers["X-Request-Id"] = id
+    if account := request.get(ACCOUNT):
+        response.headers.update(account.headers())
 
 
-def tenant(request: web.Request, keys: Sequence[bytes]) -> bytes:
-    """The salt of the caller's key. Raises `Problem` where the key is missing or wrong."""
-    if not keys or request.path in OPEN:
-        return b""
+def secret(request: web.Request) -> bytes:
+    """The key that the caller sends. Raises `Problem` where there is none."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given:
         given = request.headers.get("x-api-key", "")
     if not given:
         message = "no API key: send the header `Authorization: Bearer KEY`"
         raise errors.Problem(message, status=401, headers={"WWW-Authenticate": "Bearer"})
-    offered = given.strip().encode("utf-8", "surrogateescape")
-    # Every key is compared, each in constant time: how long a refusal takes tells nothing about the keys.
-    if not sum([hmac.compare_digest(offered, key) for key in keys]):
-        raise errors.Problem("the API key is wrong", status=401, headers={"WWW-Authenticate": "Bearer"})
-    return hashlib.sha256(offered).digest()[:16]
+    return given.strip().encode("utf-8", "surrogateescape")
 
 
-def guard(api_keys: Sequence[str]):  # type: ignore[no-untyped-def]  # an aiohttp middleware
-    """Everything that is the same for every route: its id, its key, and errors in OpenAI's shape."""
-    keys = [key.encode() for key in api_keys]
+def guard(keys: Sequence[Key], clock: Callable[[], float]):  # type: ignore[no-untyped-def]  # an aiohttp middleware
+    """Everything that is the same for every route: its id, its key, its deadline, and errors in OpenAI's shape."""
+    anyone = Account(None, clock)
+    accounts = [Account(key, clock) for key in keys]
+
+    def account(request: web.Request) -> Account:
+        """The caller's. Raises `Problem` where the key is missing or wrong."""
+        if not keys or request.path in OPEN:
+            return anyone
+        offered = secret(request)
+        # Every key is compared, each in constant time: how long a refusal takes tells nothing about the keys.
+        found = [hmac.compare_digest(offered, key.secret) for key in keys]
+        if not any(found):
+            raise errors.Problem("the API key is wrong", status=401, headers={"WWW-Authenticate": "Bearer"})
+        return accounts[found.index(True)]
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -97,10 +124,19 @@ def guard(api_keys: Sequence[str]):  # type: ignore[no-untyped-def]  # an aiohtt
         request[CALLER_ID] = given if SANE_ID.fullmatch(given) else ""
         request[REQUEST_ID] = request[CALLER_ID] or openai.new_id("req-")
         try:
-            request[TENANT] = tenant(request, keys)
+            request[ACCOUNT] = account(request)
+            request[TENANT] = request[ACCOUNT].salt
+            terms = request[TERMS] = limits.terms(request.headers)
             if encoding := request.headers.get("Content-Encoding"):
                 raise errors.Problem(f"send the body plain, not with Content-Encoding: {encoding}", status=415)
-            return await handler(request)
+            request[LIMIT] = limit = asyncio.timeout(terms.timeout)
+            try:
+                async with limit:
+                    return await handler(request)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise limits.expired(terms) from None
         except ConnectionError:  # the client has left: there is nobody to answer
             raise
         except Exception as e:

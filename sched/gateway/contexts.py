@@ -12,6 +12,7 @@ from sched.contexts import DEFAULT_TTL, Context
 from sched.gateway import errors, prompt, schema
 from sched.gateway.admin import reply
 from sched.gateway.keys import CALLER_ID, SERVICE, TENANT
+from sched.gateway.limits import submitted
 from sched.gateway.openai import new_id, served
 from sched.off_loop import off_loop
 from sched.stream import Delta, Submission
@@ -64,7 +65,7 @@ async def create(request: web.Request) -> web.Response:
         preserve=True,
     )
     try:
-        async with service.submit(submission) as stream:
+        async with submitted(request, submission) as stream:
             await stream.run(ignore)
     except BaseException:
         service.contexts.gone(id)  # TEs may know of it

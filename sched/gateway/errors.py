@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import orjson
 from aiohttp import web
 
 from engine.types import UserError
 from sched.contexts import UnknownContext
-from sched.stream import Overloaded, TaskFailed, Unavailable, UnknownModel
+from sched.stream import Expired, Overloaded, TaskFailed, Unavailable, UnknownModel
 
 LONGEST = 2000  # characters of an error message: a caller's 1 MB field name need not come back whole
 
-TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # every other: invalid_request_error
-CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded", 500: "internal_error", 503: "service_unavailable"}
+# Of every other status: invalid_request_error.
+TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
+CODES = {
+    401: "invalid_api_key",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    503: "service_unavailable",
+    504: "deadline_exceeded",
+}
+BROKEN_PROMISES = ("ttft", "tpot", "deadline")  # causes of an early refusal
 
 
 class Problem(Exception):
@@ -28,16 +37,19 @@ class Problem(Exception):
         status: int = 400,
         code: str | None = None,
         headers: dict[str, str] | None = None,
+        partial: bytes | None = None,
     ):
+        """`partial`: the reply as far as it has come, as JSON."""
         super().__init__(message)
         self.message = message if len(message) <= LONGEST else message[:LONGEST] + " …"
         self.param = param if param is None or len(param) <= LONGEST else param[:LONGEST]
         self.status = status
         self.code = code or CODES.get(status)
         self.headers = headers or {}
+        self.partial = partial
 
     def body(self) -> bytes:
-        """`{"error": {...}}`."""
+        """`{"error": {...}}`, and `"partial": {...}` beside it where there is one."""
         error = {
             "message": self.message,
             "type": TYPES.get(self.status, "invalid_request_error"),
@@ -46,7 +58,10 @@ class Problem(Exception):
         }
         # A field name may hold what JSON can't (a lone surrogate from a URL, say): such characters are replaced.
         clean = {k: v.encode("utf-8", "replace").decode() if v is not None else None for k, v in error.items()}
-        return orjson.dumps({"error": clean})
+        whole: dict[str, Any] = {"error": clean}
+        if self.partial is not None:
+            whole["partial"] = orjson.Fragment(self.partial)
+        return orjson.dumps(whole)
 
 
 def retry_after(seconds: float) -> dict[str, str]:
@@ -66,9 +81,12 @@ def problem(error: BaseException, request: web.Request) -> Problem | None:
         case UserError():
             return Problem(str(error), error.param)
         case Overloaded():
-            return Problem(str(error), status=429, headers=retry_after(error.retry_after))
+            code = "slo_unreachable" if error.cause in BROKEN_PROMISES else None
+            return Problem(str(error), status=429, code=code, headers=retry_after(error.retry_after))
         case Unavailable():
             return Problem(str(error), status=503, headers=retry_after(error.retry_after))
+        case Expired():
+            return late(error)
         case TaskFailed():
             return Problem(str(error), status=500, code="task_failed")
         case RecursionError():
@@ -86,6 +104,11 @@ def problem(error: BaseException, request: web.Request) -> Problem | None:
         case web.RequestPayloadError():
             return Problem("the body could not be read: it is not what its Content-Encoding or length says")
     return None
+
+
+def late(error: Expired, partial: bytes | None = None) -> Problem:
+    """Client libraries send again what got a 5xx; this one would only take as long once more."""
+    return Problem(str(error), status=504, headers={"x-should-retry": "false"}, partial=partial)
 
 
 def response(found: Problem) -> web.Response:

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 
+import msgspec
 from aiohttp import web
 
 from engine.types import SamplingParams
@@ -14,8 +15,9 @@ from sched.contexts import Context
 from sched.gateway import errors, prompt, schema, shapes
 from sched.gateway.face import Model, Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
+from sched.gateway.limits import submitted
 from sched.gateway.sse import EventStream
-from sched.stream import Submission
+from sched.stream import Expired, Stream, Submission
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,9 @@ def begun_with(request: web.Request, asked: schema.Generation, model: Model) -> 
     return context
 
 
-async def served(service: Service, name: str | None) -> Model:
-    """The model asked for; a caller who names none gets the one there is, as with vLLM."""
-    return await service.model(name or "")
+async def served(service: Service, name: str | None, wake: bool = True) -> Model:
+    """The model asked for; a caller who names none gets the default one, as with vLLM. `wake`: it is to run something."""
+    return await service.model(name or "", wake)
 
 
 def new_id(prefix: str) -> str:
@@ -117,23 +119,33 @@ def submit_form(
     )
 
 
+def so_far(shape: shapes.Chat | shapes.Completion, gathering: shapes.Gathering, stream: Stream) -> bytes | None:
+    """The reply as it is now. None where there is nothing of it, or where it begins with its prompt: that isn't scored yet."""
+    if not stream.generated or (isinstance(shape, shapes.Completion) and shape.echo is not None):
+        return None
+    return shape.whole(gathering, msgspec.structs.replace(stream.usage, completion_tokens=stream.generated))
+
+
 async def answer(
     request: web.Request, submission: Submission, shape: shapes.Chat | shapes.Completion, asked: schema.Generation
 ) -> web.StreamResponse:
     """Submit and reply, in one piece or event by event."""
     choices = len(submission.prompts) * submission.params.n
-    async with request.app[SERVICE].submit(submission) as stream:
+    async with submitted(request, submission) as stream:
         if isinstance(shape, shapes.Completion) and shape.echo is not None:
             shape.echo.logprobs = stream.prompt_logprobs
         if not asked.stream:
             gathering = shapes.Gathering(choices)
-            await stream.run(gathering.add)
+            try:
+                await stream.run(gathering.add)
+            except Expired as e:
+                raise errors.late(e, so_far(shape, gathering, stream)) from None
             body = shape.whole(gathering, stream.usage)
             return web.Response(body=body, content_type="application/json")
         events = EventStream(request, request.app[HEART], shape)
         try:
             await events.open()
-            await stream.run(events.put)
+            await stream.run(events.put, events.note)
             events.send(shape.tail(stream.usage))
         except Exception as e:  # too late for a status: the error is the stream's last event
             found = errors.problem(e, request)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from engine.config import MOST_SEATS
 from engine.types import MAX_LOGPROBS, SamplingParams
 from sched.contexts import LONGEST_TTL
 from sched.gateway.errors import Problem
@@ -144,12 +145,35 @@ class GiveRole(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     role: Literal["colocated", "prefill", "decode"]
 
 
+class Scale(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    te: Annotated[int, Meta(ge=0, le=MOST_SEATS)]
+    role: Literal["colocated", "prefill", "decode"] | None = None
+
+
+class Sleep(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    level: Literal[1, 2] = 1
+
+
+class Wake(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+
+
+class Drain(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    te: Annotated[int, Meta(ge=0)]
+
+
 CHAT = msgspec.json.Decoder(Chat)
 COMPLETION = msgspec.json.Decoder(Completion)
 TOKENIZE = msgspec.json.Decoder(Tokenize)
 CONTEXT = msgspec.json.Decoder(Context)
 DETOKENIZE = msgspec.json.Decoder(Detokenize)
 GIVE_ROLE = msgspec.json.Decoder(GiveRole)
+SCALE = msgspec.json.Decoder(Scale)
+SLEEP = msgspec.json.Decoder(Sleep)
+WAKE = msgspec.json.Decoder(Wake)
+DRAIN = msgspec.json.Decoder(Drain)
 
 T = TypeVar("T")
 

@@ -65,6 +65,10 @@ class EventStream:
         """Write the events of some deltas: the stream's sink."""
         self.send(self.shape.chunks(deltas))
 
+    def note(self, text: str) -> None:
+        """Write a comment: what a person who waits may want to know. Clients skip it."""
+        self.send(b": %b\n\n" % " ".join(text.split()).encode("utf-8", "replace"))
+
     def send(self, events: bytes) -> None:
         """Write whole events now. Never blocks and never raises: a client that left or doesn't read is cut off."""
         transport = self.transport

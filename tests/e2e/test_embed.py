@@ -63,7 +63,7 @@ def test_keys_and_values_as_integers(model):
     for kind in ("bfloat16", "int8"):
         with LLM(model, dtype="bfloat16", kv_cache_dtype=kind, max_model_len=256, max_num_seqs=4) as llm:
             assert llm.engine is not None
-            taken[kind] = llm.engine.executors()[0]["memory_bytes"]["kv"]
+            taken[kind] = llm.engine.cluster.describe()[0]["memory_bytes"]["kv"]
             texts[kind] = [r.outputs[0].token_ids for r in llm.generate([[i] * 40 for i in range(5, 25)], greedy)]
             assert texts[kind] == [r.outputs[0].token_ids for r in llm.generate([[i] * 40 for i in range(5, 25)], greedy)]
     assert 0.5 < taken["int8"] / taken["bfloat16"] < 0.6

@@ -49,7 +49,11 @@ async def texts(llm: AsyncLLM) -> list[Any]:
 
 
 def drained(llm: AsyncLLM) -> bool:
-    return all(te["load"]["blocks_used"] == te["load"]["running"] == te["load"]["waiting"] == 0 for te in llm.executors())
+    return all(te["load"]["blocks_used"] == te["load"]["running"] == te["load"]["waiting"] == 0 for te in llm.cluster.describe())
+
+
+def counted(llm: AsyncLLM, stem: str) -> float:
+    return llm.families.registry.get_sample_value(f"deepserve:{stem}_total", {"model_name": llm.names[0]}) or 0.0
 
 
 async def until(found: Callable[[], Any]) -> None:
@@ -63,14 +67,15 @@ async def until(found: Callable[[], Any]) -> None:
 async def let_go(llm: AsyncLLM) -> None:
     """Wait until every TE has said that it holds nothing."""
     await until(lambda: drained(llm))
-    assert llm.je is not None and not (llm.je.live or llm.je.passages.table or llm.je.moves)
+    je = llm.deployments[0].listener
+    assert not (je.live or je.passages.table or je.moves)
 
 
 async def under(model: Path, **settings: Any) -> list[Any]:
     async with AsyncLLM(model, **{**SMALL, **settings}) as llm:
         found = await texts(llm)
         await let_go(llm)
-        computed = {te["role"]: te["load"]["prompt_tokens"] for te in llm.executors() if te["lender"] is None}
+        computed = {te["role"]: te["load"]["prompt_tokens"] for te in llm.cluster.describe() if te["lender"] is None}
         if settings in ({"pd": "1p1d"}, {"pd": "semi"}):
             # Of requests with several samples, the others' last blocks.
             assert computed.get("decode", computed.get("semi", 0)) < 0.2 * 2 * 6 * sum(map(len, PROMPTS))
@@ -147,23 +152,23 @@ def test_a_job_has_two_tasks_on_a_pair(model):
 
 def test_roles_change_under_load_and_running_texts_move(model):
     async def run() -> None:
-        async with AsyncLLM(model, **SMALL, te=2) as llm:
-            long = {"max_tokens": 400, "temperature": 0.7}
+        async with AsyncLLM(model, **{**SMALL, "max_model_len": 1024}, te=2) as llm:
+            long = {"max_tokens": 1000, "temperature": 0.7}  # must be running yet when they are told to move
             wanted = [await one(llm, f"text {i}", seed=i, **long) for i in range(6)]
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(one(llm, f"text {i}", seed=i, **long)) for i in range(6)]
                 # Who has no token yet doesn't move.
-                await until(lambda: llm.je is not None and sum(len(e.samples[0].ids) > 0 for e in llm.je.live.values()) == 6)
+                live = llm.deployments[0].listener.live
+                await until(lambda: sum(len(e.samples[0].ids) > 0 for e in live.values()) == 6)
                 answer = llm.give_role(0, "prefill")
                 with pytest.raises(UserError, match="no task could run"):
                     llm.give_role(1, "prefill")
-                await until(lambda: not llm.executors()[0]["load"]["running"])
+                await until(lambda: not llm.cluster.describe()[0]["load"]["running"])
                 llm.give_role(1, "decode")
                 more = [group.create_task(one(llm, f"text {i}", seed=i, **long)) for i in range(6)]
             assert [t.result() for t in running] == wanted == [t.result() for t in more]
-            assert answer["moving"] >= 1 and llm.metrics_of is not None
-            assert b"deepserve:task_moves_total" in llm.metrics() and llm.metrics_of.moved._value.get() >= 1
-            first, second = llm.executors()
+            assert answer["moving"] >= 1 and counted(llm, "task_moves") >= 1
+            first, second = llm.cluster.describe()
             assert (first["role"], second["role"]) == ("prefill", "decode")
             await let_go(llm)
             for number, role, why in ((0, "decode", "no task could run"), (7, "decode", "no TE 7"), (0, "semi", "semi pair")):
@@ -182,7 +187,7 @@ def test_the_shares_of_a_semi_pair_follow_the_promises(model):
             for i in range(200):
                 texts = await asyncio.gather(one(llm, "text", temperature=0.0, max_tokens=200), one(llm, f"{i}" + COMMON))
                 assert texts[0] == wanted
-                shares = {te["id"]: te["share"] for te in llm.executors()}
+                shares = {te["id"]: te["share"] for te in llm.cluster.describe()}
                 if shares[0] < 100:
                     break
             assert shares == {0: shares[0], 1: 100} and shares[0] < 100
@@ -198,13 +203,13 @@ def test_the_lender_of_a_semi_pair_dies_while_the_other_worker_starts(model):
             wanted = await one(llm, COMMON, temperature=0.0)
 
             def state(te: int, *states: str) -> bool:
-                return llm.executors()[te]["state"] in states
+                return llm.cluster.describe()[te]["state"] in states
 
-            os.kill(llm.executors()[0]["pid"], signal.SIGKILL)
+            os.kill(llm.cluster.describe()[0]["pid"], signal.SIGKILL)
             await until(lambda: not state(1, "ready"))
             for _ in range(2):
                 await until(lambda: state(0, "ready") and state(1, "loading", "ready"))
-                os.kill(llm.executors()[0]["pid"], signal.SIGKILL)
+                os.kill(llm.cluster.describe()[0]["pid"], signal.SIGKILL)
                 await until(lambda: not state(0, "ready"))
             assert await one(llm, COMMON, temperature=0.0) == wanted and llm.health()["error"] is None
             await let_go(llm)

@@ -23,8 +23,7 @@ async def answers(folder, **settings) -> tuple[list[RequestOutput], str]:
             return [output async for output in engine.generate("abcabcabcabc abc", params)][-1]
 
         outputs = await asyncio.gather(*(one(p) for p in CASES))
-        assert engine.metrics_of is not None
-        return outputs, engine.metrics_of.text().decode()
+        return outputs, engine.metrics().decode()
 
 
 def test_answers_are_the_same_and_the_metrics_tell(tmp_path):

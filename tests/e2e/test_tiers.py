@@ -55,7 +55,7 @@ async def until(found: Callable[[], bool]) -> None:
 
 
 def load(llm: AsyncLLM, te: int = 0) -> dict[str, Any]:
-    return llm.executors()[te]["load"]
+    return llm.cluster.describe()[te]["load"]
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +138,14 @@ def test_a_te_reads_what_another_stored_also_one_that_was_killed(model, expected
                 assert [ids for ids, _ in together] == expected + expected
             before = [load(llm, te)["dram_hits"] for te in (0, 1)]
             assert all(before)
-            dead = llm.executors()[0]["pid"]
+            dead = llm.cluster.describe()[0]["pid"]
             asking = [asyncio.create_task(ask(llm, prompt, max_tokens=60)) for prompt in STORIES]
             await asyncio.sleep(0.02)
             os.kill(dead, signal.SIGKILL)
             assert [ids[:8] for ids, _ in await asyncio.gather(*asking)] == expected
-            await until(lambda: llm.executors()[0]["pid"] != dead and all(te["state"] == "ready" for te in llm.executors()))
+            await until(
+                lambda: llm.cluster.describe()[0]["pid"] != dead and all(te["state"] == "ready" for te in llm.cluster.describe())
+            )
             together = await asyncio.gather(*(ask(llm, prompt) for prompt in STORIES + STORIES))
             assert [ids for ids, _ in together] == expected + expected
             assert load(llm, 0)["dram_hits"] > 0, "the new TE finds what the old one stored"
@@ -165,7 +167,7 @@ def test_when_the_keeper_dies_tes_go_on_without_its_pool(model, expected, caplog
                 assert await ask_all(llm) == expected
             found = load(llm)
             assert found["tiers_gone"] == 1 and found["dram_hits"] - hits < 400 and found["dram_bytes"] == 0
-            os.kill(llm.executors()[0]["pid"], signal.SIGKILL)
+            os.kill(llm.cluster.describe()[0]["pid"], signal.SIGKILL)
             for _ in range(2):
                 assert await ask_all(llm) == expected
             found = load(llm)
@@ -180,7 +182,7 @@ def test_tiers_under_disaggregation(model, expected, pd):
         async with AsyncLLM(model, pd=pd, **SMALL, kv_dram_bytes=512 * BLOCK) as llm:
             for _ in range(3):
                 assert await ask_all(llm) == expected
-            assert sum(te["load"]["dram_hits"] for te in llm.executors()) > 0
+            assert sum(te["load"]["dram_hits"] for te in llm.cluster.describe()) > 0
 
     asyncio.run(run())
 

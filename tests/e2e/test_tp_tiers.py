@@ -76,14 +76,14 @@ def test_every_rank_goes_on_without_the_keeper(model, expected):
             for _ in range(2):
                 assert await ask_all(llm) == expected
             assert load(llm)["dram_hits"] and llm.cluster is not None and llm.cluster.keeper is not None
-            cluster, pid = llm.cluster, llm.executors()[0]["pid"]
+            cluster, pid = llm.cluster, llm.cluster.describe()[0]["pid"]
             asking = asyncio.create_task(together(llm))
             await asyncio.sleep(0)
             os.kill(llm.cluster.keeper.pid, signal.SIGKILL)
             assert await asking == expected
             await until(lambda: cluster.keeper_starts == 2)
             assert await together(llm) == expected
-            assert load(llm)["tiers_gone"] == 1 and llm.executors()[0]["pid"] == pid
+            assert load(llm)["tiers_gone"] == 1 and llm.cluster.describe()[0]["pid"] == pid
 
     asyncio.run(run())
 
@@ -102,10 +102,10 @@ def test_ranks_under_disaggregation(model, expected, settings):
             for _ in range(2):
                 assert await ask_all(llm) == expected
             assert await together(llm) == expected
-            assert sum(te["load"]["dram_hits"] for te in llm.executors()) > 0
+            assert sum(te["load"]["dram_hits"] for te in llm.cluster.describe()) > 0
             if settings["pd"] == "semi":
-                os.kill(llm.executors()[1]["pid"], signal.SIGKILL)
+                os.kill(llm.cluster.describe()[1]["pid"], signal.SIGKILL)
                 assert await together(llm) == expected, "by another prefill worker"
-            await until(lambda: not any(te["load"]["blocks_used"] for te in llm.executors()))
+            await until(lambda: not any(te["load"]["blocks_used"] for te in llm.cluster.describe()))
 
     asyncio.run(run())

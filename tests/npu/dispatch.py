@@ -44,6 +44,7 @@ NATIVE = {
     "aten::is_same_size",
     "aten::_local_scalar_dense",
     "npu::get_npu_format",
+    "npu::empty_with_format",
 }
 # Without a meta kernel in the plugin: the reference on meta tensors says their shapes. Those that only size something are
 # asked on the host while a step is prepared, and launch nothing.
@@ -241,6 +242,9 @@ class Call:
         def real(x: Any) -> Any:
             if isinstance(x, Given):
                 return self.npu[x.index]
+            if isinstance(x, New) and self.name == "npu::npu_format_cast":
+                # Of the plugin's own making, with the format and its memory; in which the values lie row-major all the same.
+                return torch_npu.empty_with_format(x.size, dtype=x.dtype, device=self.device, acl_format=self.args[1])
             if isinstance(x, New):
                 return torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=self.device)
             return x

@@ -48,6 +48,10 @@ async def one(llm: AsyncLLM, prompt: str, tokens: int = 10, begun: Callable[[], 
     return outputs[-1].outputs[0].token_ids
 
 
+def counted(llm: AsyncLLM, stem: str) -> float:
+    return llm.families.registry.get_sample_value(f"deepserve:{stem}_total", {"model_name": llm.names[0]}) or 0.0
+
+
 async def until(found: Callable[[], Any]) -> None:
     for _ in range(15_000):
         if found():
@@ -60,11 +64,12 @@ async def let_go(llm: AsyncLLM) -> None:
     """Wait until every TE has said that it holds nothing."""
 
     def drained() -> bool:
-        loads = [te["load"] for te in llm.executors()]
+        loads = [te["load"] for te in llm.cluster.describe()]
         return all(load["blocks_used"] == load["running"] == load["waiting"] == 0 for load in loads)
 
     await until(drained)
-    assert llm.je is not None and not (llm.je.live or llm.je.passages.table or llm.je.moves)
+    je = llm.deployments[0].listener
+    assert not (je.live or je.passages.table or je.moves)
 
 
 async def texts(llm: AsyncLLM) -> list[list[int]]:
@@ -103,15 +108,15 @@ def test_two_tes_become_a_pair_and_either_dies(path, expected, monkeypatch):
                 running = [group.create_task(one(llm, f"{i} " + STORY, tokens, partial(said.add, i))) for i in range(4)]
                 await until(lambda: len(said) == 4)  # who has no token yet doesn't move
                 assert llm.give_role(0, "prefill")["moving"]
-                await until(lambda: not llm.executors()[0]["load"]["running"])
+                await until(lambda: not llm.cluster.describe()[0]["load"]["running"])
                 llm.give_role(1, "decode")
             assert [t.result() for t in running] == wanted
-            assert llm.metrics_of is not None and llm.metrics_of.moved._value.get() >= 1
+            assert counted(llm, "task_moves") >= 1
             await let_go(llm)
 
-            computed = [te["load"]["prompt_tokens"] for te in llm.executors()]
+            computed = [te["load"]["prompt_tokens"] for te in llm.cluster.describe()]
             assert await texts(llm) == expected
-            first, second = (te["load"]["prompt_tokens"] - n for te, n in zip(llm.executors(), computed, strict=True))
+            first, second = (te["load"]["prompt_tokens"] - n for te, n in zip(llm.cluster.describe(), computed, strict=True))
             assert first and not second, "the decode TE computed a prompt"
 
             busy, replays = asyncio.Event(), [0.0]
@@ -120,12 +125,12 @@ def test_two_tes_become_a_pair_and_either_dies(path, expected, monkeypatch):
                 async with asyncio.TaskGroup() as group:
                     more = [group.create_task(one(llm, f"{i} " + STORY, tokens, busy.set)) for i in range(4)]
                     others = [group.create_task(one(llm, fresh + f"{i} " + STORY, tokens)) for i in range(2)]
-                    await until(lambda: llm.executors()[0]["load"]["running"]) if te == 0 else await busy.wait()
-                    os.kill(llm.executors()[te]["pid"], signal.SIGKILL)
+                    await until(lambda: llm.cluster.describe()[0]["load"]["running"]) if te == 0 else await busy.wait()
+                    os.kill(llm.cluster.describe()[te]["pid"], signal.SIGKILL)
                 assert [t.result() for t in more] == wanted
                 assert all(len(t.result()) == tokens for t in others)
-                await until(lambda: all(t["state"] == "ready" for t in llm.executors()))
-                replays.append(llm.metrics_of.replays._value.get())
+                await until(lambda: all(t["state"] == "ready" for t in llm.cluster.describe()))
+                replays.append(counted(llm, "task_replays"))
             assert replays[0] < replays[1] < replays[2], "both deaths met running requests"
             assert await texts(llm) == expected, "with nothing cached but what was computed since"
 

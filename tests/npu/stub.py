@@ -40,6 +40,7 @@ class Faults:
     copy_ms: int = 0  # each asynchronous copy takes so long
     copy_fails_after: int = 0  # the so manieth asynchronous copy fails
     refuse_export: int = 0  # no memory can be exported
+    no_mappings: int = 0  # no physical memory to be mapped: exports go by keys
     queued: int = 0  # streams work in threads of their own even where nothing makes them wait
 
     def environment(self) -> str:

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "stub.h"
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +20,7 @@ struct range { /* of addresses */
     size_t size;
     int device;
     int fd;        /* DEVICE, IMPORTED */
+    int record;    /* DEVICE: of its last export, or -1 */
     char key[65];  /* IMPORTED */
     struct range *next;
 };
@@ -29,13 +31,14 @@ struct physical {
     int fd, device;
     size_t size;
     bool imported;
+    int record; /* of its export, or -1 */
 };
 
 static size_t up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
 static struct range *add(enum kind kind, void *start, size_t size) {
     struct range *r = calloc(1, sizeof *r);
-    *r = (struct range){.kind = kind, .start = start, .size = size, .device = current_device(), .fd = -1};
+    *r = (struct range){.kind = kind, .start = start, .size = size, .device = current_device(), .fd = -1, .record = -1};
     pthread_mutex_lock(&lock);
     r->next = ranges;
     ranges = r;
@@ -147,10 +150,16 @@ aclError aclrtMalloc(void **out, size_t size, aclrtMemMallocPolicy policy) {
 
 aclError aclrtMallocAlign32(void **out, size_t size, aclrtMemMallocPolicy policy) { return aclrtMalloc(out, size, policy); }
 
+static int imported_elsewhere(int record);
+
 aclError aclrtFree(void *address) {
     struct range *r = take(DEVICE, address);
     if (!r)
         return fail(BAD_PARAMETER, "aclrtFree of an address that aclrtMalloc did not give");
+    if (imported_elsewhere(r->record)) {
+        add(DEVICE, r->start, r->size)->fd = r->fd;
+        return fail(DRIVER_FAILED, "another process still imports the memory that is to be freed");
+    }
     munmap(r->start, r->size);
     close(r->fd);
     discharge(r->device, r->size);
@@ -218,6 +227,7 @@ struct record {
     size_t offset, size;
     bool checked; /* only the listed processes may import */
     int listed, pids[LISTED];
+    int importing[LISTED]; /* processes, 0: nobody */
 };
 
 static struct record *map_record(int fd) {
@@ -239,6 +249,33 @@ static int open_of(int pid, int fd) {
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/fd/%d", pid, fd);
     return open(path, O_RDWR | O_CLOEXEC);
+}
+
+/* This process imports by key what the record (pid, fd) tells, or does so no longer. */
+static void enlist(int pid, int fd, bool importing) {
+    int record_fd = open_of(pid, fd);
+    struct record *r = record_fd < 0 ? NULL : map_record(record_fd);
+    if (record_fd >= 0)
+        close(record_fd);
+    if (!r)
+        return;
+    for (int i = 0; i < LISTED; i++)
+        if (r->importing[i] == (importing ? 0 : getpid())) {
+            r->importing[i] = importing ? getpid() : 0;
+            break;
+        }
+    munmap(r, sizeof *r);
+}
+
+/* Whether a living process imports by key what this one has exported: the runtime wants importers to close first. */
+static int imported_elsewhere(int record) {
+    struct record *r = record < 0 ? NULL : map_record(record);
+    bool found = false;
+    for (int i = 0; r && i < LISTED; i++)
+        found |= r->importing[i] && !kill(r->importing[i], 0);
+    if (r)
+        munmap(r, sizeof *r);
+    return found;
 }
 
 /* Reads the record (pid, fd) and opens the memory it names; -1 with an error otherwise. */
@@ -305,6 +342,9 @@ aclError aclrtIpcMemGetExportKey(void *address, size_t size, char *key, size_t l
     if (fd < 0)
         return fail(DRIVER_FAILED, "the export can't be recorded");
     snprintf(key, length, KEY, getpid(), fd);
+    pthread_mutex_lock(&lock);
+    around(address)->record = fd;
+    pthread_mutex_unlock(&lock);
     return OK;
 }
 
@@ -329,6 +369,7 @@ aclError aclrtIpcMemImportByKey(void **out, const char *key, uint64_t flags) {
     if (error)
         return error;
     snprintf(add(IMPORTED, start, content.size)->key, 65, "%s", key);
+    enlist(pid, fd, true);
     *out = start;
     return OK;
 }
@@ -338,8 +379,16 @@ aclError aclrtIpcMemClose(const char *key) {
     int pid, fd;
     if (sscanf(key, KEY, &pid, &fd) != 2)
         return fail(BAD_PARAMETER, "%s is not a key", key);
-    if (pid == getpid())
+    if (pid == getpid() && imported_elsewhere(fd))
+        return fail(DRIVER_FAILED, "another process still imports what is to be closed");
+    if (pid == getpid()) {
+        pthread_mutex_lock(&lock);
+        for (struct range *r = ranges; r; r = r->next)
+            if (r->record == fd)
+                r->record = -1;
+        pthread_mutex_unlock(&lock);
         return close(fd) ? fail(BAD_HANDLE, "this export is closed") : OK;
+    }
     char *start = NULL;
     pthread_mutex_lock(&lock);
     for (struct range *r = ranges; r; r = r->next)
@@ -351,6 +400,7 @@ aclError aclrtIpcMemClose(const char *key) {
         return fail(BAD_HANDLE, "this key is not imported here");
     munmap(r->start, r->size);
     free(r);
+    enlist(pid, fd, false);
     return OK;
 }
 
@@ -362,21 +412,25 @@ aclError aclrtMemGetAllocationGranularity(aclrtPhysicalMemProp *kind, aclrtMemGr
 }
 
 aclError aclrtMallocPhysical(aclrtDrvMemHandle *out, size_t size, const aclrtPhysicalMemProp *kind, uint64_t flags) {
+    if (settings()->no_mappings)
+        return fail(NOT_SUPPORTED, "this device has no memory to be mapped");
     if (!size || size % HUGE_PAGE)
         return fail(UNALIGNED, "physical memory comes in multiples of 2 MiB, not %zu bytes", size);
     int error = charge(size);
     if (error)
         return error;
     struct physical *p = malloc(sizeof *p);
-    *p = (struct physical){memory_file(size), current_device(), size, false};
+    *p = (struct physical){memory_file(size), current_device(), size, false, -1};
     *out = p;
     return OK;
 }
 
 aclError aclrtFreePhysical(aclrtDrvMemHandle handle) {
     struct physical *p = handle;
-    if (!p->imported)
+    if (!p->imported) /* who has it mapped keeps it: physical memory is counted by its handles */
         discharge(p->device, p->size);
+    if (p->record >= 0)
+        close(p->record);
     close(p->fd);
     free(p);
     return OK;
@@ -426,6 +480,7 @@ aclError aclrtMemExportToShareableHandle(aclrtDrvMemHandle handle, aclrtMemHandl
     int fd = new_record((struct record){.fd = p->fd, .device = p->device, .size = p->size, .checked = !(flags & WITHOUT_LIST)});
     if (fd < 0)
         return fail(DRIVER_FAILED, "the export can't be recorded");
+    p->record = fd;
     *out = (uint64_t)getpid() << 32 | (uint32_t)fd;
     return OK;
 }
@@ -441,7 +496,7 @@ aclError aclrtMemImportFromShareableHandle(uint64_t shareable, int32_t device, a
     if (memory < 0)
         return error;
     struct physical *p = malloc(sizeof *p);
-    *p = (struct physical){memory, device, content.size, true};
+    *p = (struct physical){memory, device, content.size, true, -1};
     *out = p;
     return OK;
 }

@@ -39,6 +39,7 @@ static void read_environment(void) {
         else if (!strcmp(name, "copy_ms")) s.copy_ms = number;
         else if (!strcmp(name, "copy_fails_after")) s.copy_fails_after = number;
         else if (!strcmp(name, "refuse_export")) s.refuse_export = number;
+        else if (!strcmp(name, "no_mappings")) s.no_mappings = number;
         else if (!strcmp(name, "queued")) s.queued = number;
         else {
             fprintf(stderr, "ACL_STUB: %s is not one of the stub's settings\n", name);

@@ -13,6 +13,7 @@ struct settings {          /* from the environment variable ACL_STUB, "name=valu
     long copy_ms;          /* each asynchronous copy takes so long */
     long copy_fails_after; /* the so manieth asynchronous copy fails; 0: never */
     long refuse_export;    /* 1: no memory can be exported at all */
+    long no_mappings;      /* 1: no physical memory, and so no mappings of it: exports go by keys */
     long queued;           /* 1: every stream works in its own thread, even where nothing makes it wait */
 };
 const struct settings *settings(void);

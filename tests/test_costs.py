@@ -1,0 +1,213 @@
+"""What steps cost: formulas against sums over steps, loads against recomputing, and learning."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+import msgspec
+import numpy as np
+import pytest
+
+from sched.costs import BOUND, NUMBERS, Costs, Learner, Step, fitted, reuse, rough, slower
+from sched.view import View
+
+COSTS = Costs(
+    p0=2e-3, p1=5e-5, p2=2e-9, p3=4e-9, d0=1e-2, d1=2e-4, d2=1e-8, chunk=512, peer0=1e-3, peer=1e-6, dram=4e-6, ssd=2e-5
+)
+
+
+@pytest.mark.parametrize(("new", "context"), [(1, 0), (511, 0), (512, 100), (513, 0), (3000, 1000)])
+def test_a_prompt_takes_what_its_chunks_take(new, context):
+    chunks = -(-new // COSTS.chunk)
+    whole = sum(COSTS.step(new / chunks, context + i * new / chunks, 0, 0) for i in range(chunks))
+    assert COSTS.prefill(float(new), float(context)) == pytest.approx(whole)
+    column = COSTS.prefill(np.array([float(new), 7.0]), np.array([float(context), 0.0]))
+    assert column[0] == pytest.approx(whole) and column[1] == pytest.approx(COSTS.prefill(7.0))
+
+
+def test_costs_go_through_json():
+    assert msgspec.json.decode(msgspec.json.encode(COSTS), type=Costs) == COSTS
+
+
+def two(**fields: float) -> View:
+    """An idle TE, and one with these facts."""
+    view = View()
+    view.add(0)
+    view.add(1, **fields)
+    return view
+
+
+def wait(view: View, tokens: float = 100.0, costs: Costs = COSTS) -> list[float]:
+    busy = costs.predict_busy(view)
+    return costs.predict_wait(view, tokens, busy, costs.predict_tpot(view, tokens, busy)).tolist()
+
+
+def test_the_wait_is_for_prompts_before_and_for_room():
+    assert wait(two())[1] == 0.0
+    queued = wait(two(queued_tokens=1000.0))[1]
+    assert queued == pytest.approx(1000 * COSTS.prefill(COSTS.prompt) / COSTS.prompt)
+    assert wait(two(queued_tokens=1000.0, sequences=50.0))[1] > queued, "what decodes there makes the steps longer"
+    assert wait(two(queued_tokens=1000.0, slow=3.0))[1] == pytest.approx(3 * queued)
+    assert wait(two(sequences=7.0, seats=8.0))[1] == 0.0, "the last seat"
+    full = two(sequences=8.0, seats=8.0)
+    tpot = COSTS.predict_tpot(full, 100.0, COSTS.predict_busy(full))[1]
+    assert wait(full)[1] == pytest.approx(COSTS.answer * tpot / 8), "one of eight must end"
+    assert wait(two(kv_used=900.0, kv_total=1000.0))[1] == 0.0
+    assert wait(two(kv_used=901.0, kv_total=1000.0))[1] > 0.0
+
+
+def test_decodes_beside_prompts_are_held_up_by_those_that_follow():
+    """Ten sequences with answers of 256 tokens: in 256 steps ten prompts come."""
+    view = View()
+    view.add(0, "colocated", sequences=10.0)
+    view.add(1, "decode", sequences=10.0)
+
+    def tpots(costs: Costs) -> list[float]:
+        return costs.predict_tpot(view, 100.0, costs.predict_busy(view)).tolist()
+
+    mixed, apart = tpots(COSTS)
+    assert apart == pytest.approx(COSTS.step(0, 0, 11, 100))
+    assert mixed - apart == pytest.approx(10 * COSTS.prefill(COSTS.prompt) / COSTS.answer)
+    found = msgspec.structs.replace(COSTS, found=COSTS.prompt)
+    assert tpots(found)[0] - apart == pytest.approx(10 * COSTS.prefill(1.0, COSTS.prompt) / COSTS.answer)
+
+
+@pytest.mark.parametrize("fact", ["sequences", "queued_tokens", "kv_used", "slow"])
+def test_predictions_grow_with_each_fact(fact):
+    view = View()
+    for te in range(20):
+        view.add(
+            te,
+            **{
+                "sequences": 3.0,
+                "queued_tokens": 200.0,
+                "kv_used": 400.0,
+                "kv_total": 2000.0,
+                "seats": 8.0,
+                fact: 1.0 + te * 150,
+            },
+        )
+    busy = COSTS.predict_busy(view)
+    tpot = COSTS.predict_tpot(view, 300.0, busy)
+    columns = [tpot, COSTS.predict_wait(view, 300.0, busy, tpot), COSTS.predict_prefill(view, 0.1, 300.0, busy)]
+    for column in columns:
+        assert (np.diff(column) >= 0).all()
+    assert (np.diff(sum(columns)) > 0).all()
+
+
+def test_load_or_recompute_whichever_is_quicker():
+    def at(device: float, dram: float, ssd: float, costs: Costs = COSTS) -> tuple[float, float, float]:
+        load, compute, tokens = reuse(costs, 1000, np.array([device]), np.array([dram]), np.array([ssd]))
+        return float(load[0]), float(compute[0]), float(tokens[0])
+
+    assert at(0, 0, 0) == (0.0, COSTS.prefill(1000.0), 0.0)
+    assert at(400, 0, 0) == (0.0, COSTS.prefill(600.0, 400.0), 400.0)
+    load, compute, tokens = at(400, 500, 0)
+    assert tokens == 900 and load == pytest.approx(COSTS.tier0 + 500 * COSTS.dram) and compute == COSTS.prefill(100.0, 900.0)
+    assert at(400, 0, 500)[2] == 900, "2e-5 seconds a token are less than 5e-5"
+    slow = msgspec.structs.replace(COSTS, ssd=1e-4)
+    assert at(400, 0, 500, slow) == at(400, 0, 0), "the SSD is slower than computing"
+    assert at(400, 100, 400, slow)[2] == 500, "only what is in DRAM is loaded"
+    assert at(400, 10, 0, msgspec.structs.replace(COSTS, tier0=1.0))[2] == 400, "not worth the fixed time"
+
+
+def test_rough_costs_of_a_start():
+    costs = rough(20_000.0, 0.01, chunk=512, kv_bytes=100_000, weights_bytes=10**9, peer_rate=1e9, dram_rate=2e9)
+    assert costs.prefill(512.0) == pytest.approx(512 / 20_000) and costs.step(0, 0, 1, 0) == pytest.approx(0.01)
+    assert costs.step(0, 0, 1, 10_000) == pytest.approx(0.02), "as many bytes again: twice as long"
+    assert costs.transfer(1000.0) == pytest.approx(0.1) and costs.dram == 5e-5 and costs.ssd == 0.0
+
+
+def some_steps(costs: Costs, seed: int, count: int, noise: float = 0.0) -> list[Step]:
+    rng, steps = Random(seed), []
+    for _ in range(count):
+        prompt = rng.choice([0, 0, rng.randrange(1, 512), 512])
+        context = rng.randrange(4000) if prompt else 0
+        sequences = rng.randrange(0 if prompt else 1, 40)
+        kv = sequences * rng.randrange(1, 2000)
+        seconds = costs.step(prompt, context, sequences, kv) * rng.lognormvariate(0, noise)
+        steps.append(Step(prompt, context, sequences, kv, seconds))
+    return steps
+
+
+def errors(costs: Costs, truth: Costs) -> list[float]:
+    """Relative ones, over some steps, ascending."""
+    return sorted(abs(costs.step(*s[:4]) / s.seconds - 1) for s in some_steps(truth, 99, 200))
+
+
+def worst(costs: Costs, truth: Costs) -> float:
+    return errors(costs, truth)[-1]
+
+
+def median(costs: Costs, truth: Costs) -> float:
+    return errors(costs, truth)[100]
+
+
+WRONG = msgspec.structs.replace(COSTS, p0=5e-3, p1=2e-5, p2=0.0, p3=1e-9, d0=3e-2, d1=1e-3, d2=0.0)
+
+
+def test_a_fit_finds_the_numbers():
+    assert worst(WRONG, COSTS) > 1
+    assert worst(fitted(WRONG, some_steps(COSTS, 1, 60)), COSTS) < 1e-6
+    assert worst(fitted(WRONG, some_steps(COSTS, 1, 400, noise=0.1)), COSTS) < 0.1
+    assert fitted(WRONG, []) == WRONG
+
+
+def test_a_fit_has_no_negative_numbers_and_leaves_alone_what_it_is_not_told_of():
+    decodes = [Step(0, 0, s, 0, 0.02 - 1e-4 * s) for s in range(1, 9)]  # the more the quicker: that can't be
+    costs = fitted(COSTS, decodes)
+    assert costs.d1 == 0.0 and costs.d0 == pytest.approx(0.0195, rel=0.02)
+    assert (costs.p0, costs.p1, costs.p2, costs.p3, costs.d2) == (COSTS.p0, COSTS.p1, COSTS.p2, COSTS.p3, COSTS.d2)
+
+
+def test_learning_follows_what_is_seen():
+    learner = Learner(WRONG)
+    for step in some_steps(COSTS, 2, 1500, noise=0.05):
+        learner.learn(step)
+    assert median(learner.costs, COSTS) < 0.03 and worst(learner.costs, COSTS) < 0.3
+    twice = msgspec.structs.replace(COSTS, **{name: 2 * getattr(COSTS, name) for name in NUMBERS})
+    for step in some_steps(twice, 3, 1500, noise=0.05):
+        learner.learn(step)
+    assert median(learner.costs, twice) < 0.03 and worst(learner.costs, twice) < 0.3
+
+
+def test_learning_is_bounded():
+    learner, rng = Learner(COSTS), Random(5)
+    for step in some_steps(COSTS, 4, 2000):
+        times = learner.learn(step._replace(seconds=step.seconds * rng.choice([1e-6, 1.0, 1e6])))
+        assert 1 / 8 <= times <= 8
+        for name in NUMBERS:
+            assert getattr(COSTS, name) / BOUND * 0.999 <= getattr(learner.costs, name) <= getattr(COSTS, name) * BOUND * 1.001
+    assert learner.learn(Step(0, 0, 0, 0, 0.0)) == 1.0
+
+
+def test_a_long_row_of_equal_steps_does_not_make_the_others_doubtful():
+    """Decodes alone for long: the prompt's numbers stay, and one odd prompt after that isn't believed more than what it took."""
+    learner = Learner(COSTS)
+    for _ in range(5000):
+        learner.learn(Step(0, 0, 4, 4000, COSTS.step(0, 0, 4, 4000)))
+    assert learner.costs.p1 == pytest.approx(COSTS.p1)
+    learner.learn(Step(512, 0, 4, 4000, 3 * COSTS.step(512, 0, 4, 4000)))
+    assert learner.costs.step(512, 0, 4, 4000) <= 3.3 * COSTS.step(512, 0, 4, 4000)
+    learner.learn(Step(0, 0, 4, 4000, COSTS.step(0, 0, 4, 4000)))
+    assert learner.costs.step(0, 0, 4, 4000) == pytest.approx(COSTS.step(0, 0, 4, 4000), rel=0.2)
+
+
+def test_a_slow_te_is_known_by_its_steps():
+    slow, learner = 1.0, Learner(COSTS)
+    for step in some_steps(COSTS, 6, 100):
+        slow = slower(slow, learner.learn(step._replace(seconds=2 * step.seconds)) if step.seconds else 1.0)
+    assert slow > 1.0
+    assert all(b >= a for a, b in pairwise([slower(1.0, t) for t in (0.5, 1.0, 2.0)]))
+
+
+def test_typical_lengths_follow_requests():
+    learner = Learner(COSTS)
+    for _ in range(400):
+        learner.ended(2000, 50, 1500, 12.0)
+    seen = learner.costs
+    assert seen.prompt == pytest.approx(2000, rel=0.01) and seen.answer == pytest.approx(50, rel=0.1)
+    assert seen.found == pytest.approx(1500, rel=0.01) and seen.crowd == pytest.approx(12, rel=0.01)
+    learner.ended(0, 0, 0, 0.0)
+    assert learner.costs.answer > 0
