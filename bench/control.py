@@ -196,7 +196,7 @@ class OneTE(AsyncLLM):
         # It counts as described and as up: nothing is left to be done for it.
         model.describing = asyncio.create_task(asyncio.sleep(0))
         model.tokenizing = asyncio.create_task(asyncio.sleep(0, model.tokenizer))
-        model.slots = [Slot(0, model, Seat("colocated"), 1, 0, False, False, "it is measured")]
+        model.slots = [Slot(0, model, Seat("colocated"), 1, 0, False, False, "it is measured", missed=False)]
 
     async def bring_up(self, command: list[str]) -> TE:
         """The TE, once it takes tasks; its process ends with the link or with this one."""

@@ -84,6 +84,7 @@ class Deployment:
         self.news = asyncio.Event()  # set whenever `state` or a TE of it may have changed
         self.stamp = ""  # of the files that `made` was made from
         self.slots: list[Slot] = []  # those that are not leaving
+        self.been_up = False  # all TEs that it starts with have been ready, since it last began to come up
         self.lacking = 0  # TEs that it should have, and that can't come up
         self.leaving: set[asyncio.Task[None]] = set()
         self.errands: set[asyncio.Task[Any]] = set()  # that are done to their end, whether the caller waits or not
@@ -113,6 +114,7 @@ class Deployment:
             self.up_since = self.clock()
         self.metrics.climbed(te.climb)
         self.je.ready(te)
+        self.been_up |= all(slot.up.is_set() for slot in self.slots)
         self.changed()
 
     def te_lost(self, te: TE, why: str) -> None:
@@ -126,7 +128,9 @@ class Deployment:
         self.resized()
         self.lacking += slot.missed
         self.autoscaler.hear(slot.seat.role, why)
-        if not takes_tasks([other.seat for other in self.slots]):
+        # What it starts with must all come up, where a setting is to blame; later the others go on.
+        asked_for_too_much = why.param is not None and not self.been_up
+        if asked_for_too_much or not takes_tasks([other.seat for other in self.slots]):
             self.give_up(why)
         self.changed()
 
@@ -307,6 +311,7 @@ class Deployment:
             async with self.residency.room(self, self.plan.weight_bytes + self.plan.te_bytes * len(start)):
                 self.autoscaler.begin()
                 self.lacking = 0
+                self.been_up = False
                 for number, seat in enumerate(start):
                     self.add(seat, why, lends=any(other.lender == number for other in start))
         except UserError as e:
