@@ -45,7 +45,7 @@ Trace = Iterator[Arrival]
 # ---- when requests come ---------------------------------------------------------------------------------------------
 
 # Arrivals of the bursty load come in clumps: the variance of a gap is that many times a Poisson process's of the same rate (the
-# shape of the gamma distribution is its inverse). BurstGPT reports shapes around 0.25 to 0.5 for hosted models.
+# shape of the gamma distribution is its inverse). Assumed.
 BURSTINESS = 4.0
 
 
