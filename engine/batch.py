@@ -486,12 +486,20 @@ class Batch:
     # ---- results ----------------------------------------------------------------------------------------------------
     def apply(self, plan: Plan, out: StepOutput) -> None:
         """A launched step has run: take its ids, end what has ended, commit full blocks. Fills `report`."""
-        self.load.steps += 1
+        load = self.load
+        load.steps += 1
         row = score_row = 0
         for work in plan:
             seq = work.seq
             live = not seq.ended
-            computed = work.start + work.count - len(work.draft)
+            fresh = work.count - len(work.draft)
+            computed = work.start + fresh
+            if fresh > 1:
+                load.chunk_tokens += fresh
+                load.chunk_context += fresh * work.start
+            else:
+                load.decodes += 1
+                load.decode_context += computed
             if seq.scores is not None:
                 count = scored_rows(work)
                 if live and work.epoch == seq.epoch and out.scores is not None:
@@ -509,7 +517,7 @@ class Batch:
                 if seq.handover is not None:
                     self.finished.append(seq)
             if not seq.ended and work.epoch == seq.epoch:
-                self.load.prompt_tokens += max(0, min(computed, seq.prompt) - work.start)
+                load.prompt_tokens += max(0, min(computed, seq.prompt) - work.start)
                 self.commit(seq, computed)
                 self.leave_when_still(seq)
 

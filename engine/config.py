@@ -137,6 +137,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="prefill and decode apart, instead of --te: NpMd is N prefill TEs and M decode TEs, semi is two workers on one KV cache, Nc are N colocated TEs; joined by +, as in 1p1d+2c"
         ),
     ] = ""
+    sched: Annotated[
+        Literal["cost", "paper"],
+        Meta(
+            description="how the TE of a request is chosen: cost compares what each would cost everybody, in predicted seconds; paper is the order of the paper's Algorithm 1 (heat map, then balance, then prefix or load)"
+        ),
+    ] = "cost"
     kv_transfer: Annotated[
         Literal["layer", "request"],
         Meta(

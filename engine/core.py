@@ -360,6 +360,7 @@ class Core:
         self.finishes += 1
         now, began = self.clock(), max(self.launched.popleft(), self.finished)
         self.finished = now
+        self.batch.load.step_seconds += now - began
         if self.tiers is not None and (prefill := sum(work.count for work in plan if work.count > 1)):
             self.events.append(Stepped(prefill, len(plan), now - began))
         self.report()

@@ -260,6 +260,11 @@ class Load(msgspec.Struct, array_like=True, gc=False):
     blocks_used: int = 0  # referenced by live sequences
     blocks_total: int = 0
     steps: int = 0
+    step_seconds: float = 0.0  # that they took, in all
+    chunk_tokens: int = 0  # of prompts, and of what else was computed in more than one token a step
+    chunk_context: int = 0  # ... each times the tokens before its chunk
+    decodes: int = 0  # rows of sequences that went on by one token
+    decode_context: int = 0  # ... and the tokens of KV that they read
     preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up in the prefix tree
     prefix_hits: int = 0  # of these, found

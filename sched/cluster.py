@@ -53,6 +53,10 @@ class Listener(Protocol):
     """Whoever hears of TEs: the job executor."""
 
     def ready(self, te: TE) -> None: ...
+    def changed(self, te: TE) -> None:
+        """Its role, or whether it takes tasks."""
+        ...
+
     def lost(self, te: TE, why: str) -> None: ...
     def message(self, te: TE, message: FromWorker) -> None: ...
 
@@ -114,6 +118,12 @@ class TE:
     def move(self, event: str) -> None:
         self.state = NEXT[self.state, event]
         self.since = time.time()
+        self.listener.changed(self)
+
+    def drain(self) -> None:
+        """Give it no more tasks."""
+        self.draining = True
+        self.listener.changed(self)
 
     def receive(self, message: FromWorker) -> None:
         if isinstance(message, Ready) and self.state == "starting":
@@ -523,6 +533,7 @@ class Cluster:
                 "role",
             )
         self.slots[number].seat = Seat(role, te.lender)
+        te.listener.changed(te)
         return te
 
     # ---- what can be seen -------------------------------------------------------------------------------------------

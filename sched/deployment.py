@@ -33,6 +33,7 @@ from scale.memory import Used, used_by
 from sched.autoscaling import Autoscaler
 from sched.cluster import TE, Cluster, Slot, takes_tasks
 from sched.job_executor import JobExecutor
+from sched.knowledge import Knowledge
 from sched.metrics import Families, Metrics, ModelState
 from sched.residency import Residency
 from sched.stream import Unavailable, result_of
@@ -196,6 +197,11 @@ class Deployment:
         return len(self.je.held) if self.je is not None else 0
 
     @property
+    def has_choice(self) -> bool:
+        """It has, or may get, more than one TE."""
+        return not self.autoscaler.fixed or len(seats(self.config)) > 1
+
+    @property
     def busy(self) -> bool:
         return self.je is not None and self.je.outstanding > 0
 
@@ -242,17 +248,18 @@ class Deployment:
         now = await asyncio.to_thread(stamp, path)
         await asyncio.to_thread(native.load)  # compiles where it is missing
         plan, self.why = await asyncio.to_thread(make_plan, path, now, self.asked, self.box)
+        knowledge = await asyncio.to_thread(Knowledge.load, path, plan.config, self.box or capacity.machine())
         before, self.made, self.config, self.stamp, self.tokenizing = self.made, plan, plan.config, now, None
         if before is not None:
             await self.drop_packed(before.key)
         if self.je is None:
             self.metrics = Metrics(self.families, self.id)
-            self.je = JobExecutor(self.config, self.metrics, self.rng, self.clock, self.used)
+            self.je = JobExecutor(self.config, self.metrics, self.rng, self.clock, self.used, knowledge)
             if not self.autoscaler.fixed:
-                self.je.ahead = max(1, self.config.max_num_seqs // AHEAD)
+                self.je.placing.ahead = max(1, self.config.max_num_seqs // AHEAD)
         else:
             self.je.give_up(f"{self.id}: its files were replaced; ask again")
-            self.je.follow(self.config)
+            self.je.follow(self.config, knowledge)
         self.resized()
 
     def find(self) -> Path:
@@ -338,7 +345,7 @@ class Deployment:
         """Have a TE take no more tasks, its decodes go on elsewhere or end, and then leave."""
         slot.leaving = True  # should its TE die now, no other one comes
         if self.cluster.slots.get(slot.te) is slot and (te := self.cluster.table.get(slot.te)) is not None:
-            te.draining = True
+            te.drain()
         self.slots.remove(slot)
         self.resized()
         task = asyncio.create_task(self.retire(slot), name=f"deepserve-retire-{slot.te}")
@@ -468,6 +475,7 @@ class Deployment:
         self.failure = self.failure or UserError("the server is shutting down")
         if self.je is not None:
             self.je.give_up("the server is shutting down")
+            await self.je.placing.knowledge.close(self.id)
         own = (self.describing, self.tokenizing, self.waking, self.autoscaler.task)
         tasks = [*(task for task in own if task is not None), *self.leaving, *self.errands]
         for task in tasks:

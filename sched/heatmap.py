@@ -49,7 +49,7 @@ FEW, REMEMBERED = 5, 200
 BIAS = 0.1
 # ... for how many of them the measurements of such points lose half of their weight.
 OUTDATES = 20
-REFIT = 64  # requests observed until the surface is drawn anew: some milliseconds each time
+REFIT = 64  # requests observed until the surface is to be drawn anew, which takes some ten milliseconds
 # Of a map that was made for another model, how much of its confidence is believed.
 FOREIGN_TRUST = 0.5
 # What a machine can do of some requests is counted with so many decodes at once on a TE; what it did, over so many seconds.
@@ -121,7 +121,7 @@ class HeatMap:
         self.live = {(one.kind, one.point): one for one in self.data.live}
         self.prior = self.covariance()
         self.within = self.prior[: self.loads, : self.loads]  # of one cell's points: the same for every cell
-        self.unseen = 0  # observations since `refit`
+        self.unseen = 0  # observations that the tables don't tell of
         self.tables: dict[Kind, list[Value]] = {}
         self.refit()
 
@@ -156,8 +156,24 @@ class HeatMap:
             self.data.live.append(one)
         one.add(math.log(jct / alone))
         self.unseen += 1
-        if self.unseen >= REFIT:
-            self.refit()
+
+    @property
+    def due(self) -> bool:
+        """The tables should be drawn anew: by `refit`."""
+        return self.unseen >= REFIT
+
+    def snapshot(self) -> bytes:
+        """What a map is made of, to be drawn elsewhere: `drawn`, then `adopt`."""
+        self.unseen = 0
+        return msgspec.msgpack.encode(self.data)
+
+    @classmethod
+    def drawn(cls, snapshot: bytes) -> HeatMap:
+        return cls(msgspec.msgpack.decode(snapshot, type=MapData))
+
+    def adopt(self, drawn: HeatMap) -> None:
+        """The tables of a map that was drawn from a snapshot of this one."""
+        self.tables = drawn.tables
 
     def scaled(self, steps_a_token: float, theirs: float) -> HeatMap:
         """This map for another model on the same machine: one whose prompts last for `steps_a_token` decode steps a token, where

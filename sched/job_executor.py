@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from random import Random
 
-import msgspec
-
 from engine.config import Config, Role
-from engine.rtc.keys import block_keys, root_key
 from engine.tokenizer import Tokenizer
 from engine.types import (
     Abort,
@@ -29,7 +26,6 @@ from engine.types import (
     Handover,
     Move,
     PromptDone,
-    Recount,
     Refused,
     Reserved,
     SamplingParams,
@@ -45,21 +41,20 @@ from sched.admission import Refusal, Targets, out_of_reach, queue_is_full, retry
 from sched.cluster import TE
 from sched.handover import Passage, Passages, say
 from sched.job import Job, Request, Task, born
+from sched.knowledge import Knowledge
 from sched.live import LiveRequest, LiveSample, LiveTask
 from sched.metrics import Metrics
-from sched.policy import Choice, Snapshot, least_loaded, takes_over
-from sched.prompt_tree import PromptTree
+from sched.placing import Placing
+from sched.policy import Choice
 from sched.semi import SemiPairs
 from sched.shares import WHOLE
 from sched.slo import Slo
 from sched.stream import Delta, Overloaded, Stream, Submission, TaskFailed, Unavailable
 from sched.text import Text
+from sched.turns import Turns
 
 # A task under which so many TEs die in a row, none of them with a new token, is taken for the cause and failed.
 MAX_ATTEMPTS = 4
-# Of a prompt, KV blocks that are looked for in the prompt tree: hashing them takes a third of a millisecond, and more than 4000
-# tokens outweigh any load.
-MOST_KEYS = 256
 KEPT_REQUESTS = 4096  # ended requests that `GET /v1/jobs` still finds
 RATE_WINDOW = 64  # ended sequences that the predicted wait is judged by
 
@@ -76,37 +71,38 @@ class JobExecutor:
         rng: Random,
         clock: Callable[[], float] = time.monotonic,
         used: Callable[[], None] = lambda: None,
+        knowledge: Knowledge | None = None,
     ):
-        """`used` is called when a request has come, and when the last one has ended."""
+        """`used` is called when a request has come, and when the last one has ended. `knowledge`: from earlier runs."""
         self.used = used
         self.seats = config.te  # TEs that there are, or are on their way
-        self.ahead: int | None = None  # sequences that a TE gets beyond those it runs at once; None: any number
+        self.placing = Placing(config, knowledge or Knowledge())
+        self.held = Turns(config)  # tasks without a TE
         self.slo = Slo(config)
         self.metrics = metrics
         self.rng = rng
         self.clock = clock
-        self.tes: dict[int, TE] = {}  # that take tasks
+        self.tes = self.placing.tes  # that take tasks
         self.live: dict[int, LiveTask] = {}  # by their number in messages
         self.passages: Passages[LiveTask] = Passages()
         self.moves: dict[int, tuple[LiveTask, TE]] = {}  # sequences that another TE is to reserve for, and that TE
         self.pairs = SemiPairs(config)
-        self.held: deque[LiveTask] = deque()  # tasks without a TE
         self.newest = ""  # what was last told of a model that comes up
-        assert config.block_size is not None
-        self.tree = PromptTree(config.block_size)  # which TE has which KV blocks
-        self.homes: dict[str, int] = {}  # explicit context -> the TE that computed it, or went on from it, last
         self.requests: OrderedDict[str, Request] = OrderedDict()
         self.by_trace: dict[str, str] = {}
         self.next_task = 1
         self.outstanding = 0  # sequences admitted and not ended
         self.ended: deque[float] = deque(maxlen=RATE_WINDOW)  # when the newest sequences ended
         self.idle_listeners: list[Callable[[], None]] = []
-        self.follow(config)
-
-    def follow(self, config: Config) -> None:
-        """The model's files were read, or read again."""
         assert config.max_model_len is not None
         self.config, self.max_len = config, config.max_model_len
+
+    def follow(self, config: Config, knowledge: Knowledge) -> None:
+        """The model's files were read again. It has no TE."""
+        assert config.max_model_len is not None
+        self.config, self.max_len = config, config.max_model_len
+        self.placing.follow(config, knowledge)
+        self.held.follow(config)
 
     # ---- requests ---------------------------------------------------------------------------------------------------
     def admit(self, submission: Submission) -> LiveRequest:
@@ -121,8 +117,10 @@ class JobExecutor:
         )
         self.remember(record)
         count = len(submission.prompts) * params.n
-        config = self.config
-        if queue_is_full(self.outstanding, count, self.seats, config.max_num_seqs, config.max_num_queued_reqs):
+        config, flow = self.config, self.held.flow(submission.tenant)
+        full = queue_is_full(self.outstanding, count, self.seats, config.max_num_seqs, config.max_num_queued_reqs)
+        most = self.seats * config.max_num_seqs + config.max_num_queued_reqs
+        if full and self.held.over_share(flow, count, most, self.clock()):
             record.life.move("refuse", now)
             self.metrics.refusals.labels(self.metrics.model, "queue_full").inc()
             wait = retry_after(self.outstanding - self.seats * config.max_num_seqs, self.rate())
@@ -131,9 +129,10 @@ class JobExecutor:
             record.life.move("refuse", now)
             self.metrics.refusals.labels(self.metrics.model, refusal.cause).inc()
             raise Overloaded(refusal.message, refusal.retry_after, refusal.cause)
-        live = LiveRequest(record, submission, Stream(count), self.clock(), open_samples=count)
+        live = LiveRequest(record, submission, Stream(count), self.clock(), flow, open_samples=count)
         record.life.move("admit", now)
         self.outstanding += count
+        self.held.came(flow, count)
         self.used()
         for index, prompt in enumerate(submission.prompts):
             self.start_job(live, index, prompt)
@@ -179,10 +178,12 @@ class JobExecutor:
             samples=[self.sample(index * params.n + i, first_seed + i, params) for i in range(params.n)],
             open_samples=params.n,
             wire=task.id,
+            keys=live.submission.keys[index] if live.submission.keys else (),
         )
+        self.placing.expect(entry)
         live.tasks.append(entry)
         self.live[entry.wire] = entry
-        self.held.append(entry)
+        self.held.add(entry, self.clock())
         self.place()
 
     def sample(self, choice: int, seed: int, params: SamplingParams) -> LiveSample:
@@ -193,6 +194,11 @@ class JobExecutor:
     def leave(self, live: LiveRequest) -> None:
         """The caller has gone: cancel what still runs. Ended requests are left as they are."""
         if not live.record.life.over:
+            now = self.clock()
+            for entry in live.tasks:
+                for sample in entry.samples:
+                    if not sample.over:
+                        self.placing.sample_over(entry, sample, "cancel", now)
             self.drop(live)
             live.record.end("cancel", time.time())
             self.metrics.cancelled.inc()
@@ -217,6 +223,7 @@ class JobExecutor:
             elif entry in self.held:
                 self.held.remove(entry)
         self.outstanding -= live.open_samples
+        self.held.came(live.flow, -live.open_samples)
         live.open_samples = 0
 
     def detach(self, entry: LiveTask) -> None:
@@ -233,7 +240,7 @@ class JobExecutor:
                 say(te, Abort(*split_sequence_id(name)))
             if (move := self.moves.pop(name, None)) is not None:
                 say(move[1], Abort(*split_sequence_id(name)))
-        te.sequences -= entry.open_samples
+        self.count(te, entry, -entry.open_samples)
         te.look_whether_drained()
         self.uncharge(entry)
         if entry.prefill_task is not None and not entry.prefill_task.life.over:
@@ -246,64 +253,42 @@ class JobExecutor:
         if entry.prefill is not None and entry.te is not None:
             entry.te.expecting -= 1
             entry.prefill.computing -= 1
-            entry.te.look_whether_drained()
-            entry.prefill.look_whether_drained()
+            for te in (entry.te, entry.prefill):
+                self.placing.changed(te)
+                te.look_whether_drained()
             entry.prefill = None
+
+    def count(self, te: TE, entry: LiveTask, sequences: int = 0, tokens: int = 0) -> None:
+        """A TE has so many sequences of a task, and tokens of its prompt to compute, more."""
+        te.sequences += sequences
+        te.prompt_tokens += tokens
+        self.held.count(te, entry, sequences, tokens)
+        self.placing.changed(te)
 
     def uncharge(self, entry: LiveTask) -> None:
         """The task's prompt no longer loads its TE."""
         if entry.charged is not None:
-            entry.charged.prompt_tokens -= entry.prompt_tokens
+            self.count(entry.charged, entry, tokens=-entry.charge)
             entry.charged = None
 
     # ---- placing ----------------------------------------------------------------------------------------------------
     def place(self) -> None:
-        """Give held tasks to TEs while there are any."""
-        while self.held:
-            entry = self.held[0] if self.ahead is None else self.foremost()
-            together = entry.params.prompt_logprobs is not None  # most of the work is the prompt, and no token need follow
-            submission = entry.request.submission
-            choice = least_loaded(self.snapshots(entry), together)
-            if choice is None:
-                return
-            if submission.context:
-                self.homes[submission.context] = choice.prefill
-            self.held.remove(entry)
-            self.dispatch(entry, choice)
+        """Give held tasks to TEs while there are any that take them."""
+        while self.held and self.placed():
+            pass
 
-    def foremost(self) -> LiveTask:
-        """The held task that is next: as in a TE, the lowest priority number, then the oldest."""
-        return min(self.held, key=lambda entry: entry.request.submission.priority)
-
-    def cached(self, entry: LiveTask) -> dict[int, int]:
-        """Tokens of a task's prompt whose KV each TE is thought to have, by TE."""
-        if len(self.tes) < 2:
-            return {}
-        submission, size = entry.request.submission, self.tree.block_size
-        if entry.keys is None:
-            blocks = min((entry.prompt_tokens - 1) // size, MOST_KEYS)  # one token is always computed
-            ids = memoryview(entry.prompt)[: blocks * size * 4]
-            entry.keys = list(block_keys(root_key(submission.salt), ids, size))
-        found = self.tree.match(entry.keys)
-        cached = dict(zip(found.tes.tolist(), (found.blocks * size).tolist(), strict=True))
-        if submission.context and (home := self.homes.get(submission.context, -1)) >= 0:
-            cached[home] = max(cached.get(home, 0), submission.context_tokens)
-        return cached
-
-    def snapshots(self, entry: LiveTask | None = None) -> list[Snapshot]:
-        """The TEs, as they are for any task or for this one.
-
-        Without those whose role has changed, until what they had to do with others in the one before is through: of two TEs that
-        are full of sequences whose prompts are to be computed by the other, none would ever have room for a prompt."""
-        cached = self.cached(entry) if entry is not None else {}
-        return [
-            Snapshot(te.id, te.sequences, te.prompt_tokens, te.role, te.lender, cached.get(te.id, 0))
-            for te in self.tes.values()
-            if te.state == "ready"
-            and not te.draining
-            and not (te.expecting if te.role == "prefill" else te.role == "decode" and te.computing)
-            and (self.ahead is None or te.sequences < self.config.max_num_seqs + self.ahead)
-        ]
+    def placed(self) -> bool:
+        """Give the foremost task that a TE takes to that TE."""
+        now = self.clock()
+        for entry in self.held.heads(now):
+            share = self.held.share(entry, now)
+            choice = self.placing.choose(entry, now, self.held.closed(entry, share, self.tes.values()))
+            if choice is not None:
+                entry.rank = self.held.rank(entry, share, self.tes[choice.decode])
+                self.dispatch(entry, choice)
+                self.held.sent(entry, now)
+                return True
+        return False
 
     def progress(self, line: str) -> None:
         """Tell those whose requests wait for a TE, and who comes while there is none, how that comes along."""
@@ -343,7 +328,7 @@ class JobExecutor:
 
     def forget_context(self, id: str) -> None:
         """An explicit context was deleted or has expired."""
-        self.homes.pop(id, None)
+        self.placing.homes.pop(id, None)
         for te in self.tes.values():
             say(te, Forget(id))
 
@@ -360,10 +345,11 @@ class JobExecutor:
                 if job.life.state == "created":
                     job.life.move("run", now)
                 self.split(entry, job, te, prefill, now)
-        entry.te = te
-        te.sequences += entry.open_samples
-        prefill.prompt_tokens += entry.prompt_tokens
-        entry.charged = prefill
+        entry.te, entry.choice = te, choice
+        entry.charged, entry.charge = prefill, max(1, entry.prompt_tokens - choice.cached_tokens)
+        self.count(te, entry, entry.open_samples)
+        self.count(prefill, entry, tokens=entry.charge)
+        self.placing.given(entry, choice)
         te.link.send(entry.start(entry.open_indices(), self.clock(), expect=te is not prefill))
 
     def split(self, entry: LiveTask, job: Job, te: TE, prefill: TE, now: float) -> None:
@@ -413,8 +399,8 @@ class JobExecutor:
             return
         if passage.moving:
             assert entry.te is not None
-            entry.te.sequences -= 1
-            passage.reader.sequences += 1
+            self.count(entry.te, entry, -1)
+            self.count(passage.reader, entry, 1)
             entry.te = passage.reader
             entry.task.te, entry.task.reason = passage.reader.id, f"moved from TE {passage.writer.id}"
             self.metrics.moved.inc()
@@ -441,24 +427,26 @@ class JobExecutor:
 
     def move_away(self, te: TE) -> tuple[int, int]:
         """Have the decodes of a TE go on elsewhere: how many are asked to, and how many sequences stay until they end."""
-        asked: Counter[int] = Counter()  # by the TE that is asked to take them
+        asked: list[TE] = []
         for entry in self.live.values():
             if entry.te is not te or entry.prefill is not None or len(entry.samples) > 1 or not entry.samples[0].ids:
                 continue
             seq = sequence_id(entry.wire, 0)
-            others = [msgspec.structs.replace(s, sequences=s.sequences + asked[s.te]) for s in self.snapshots()]
-            choice = takes_over(others, te.id)
-            if choice is None or seq in self.passages.table or seq in self.moves:
+            if seq in self.passages.table or seq in self.moves:
                 continue
-            target = self.tes[choice.decode]
+            target = self.placing.heir(entry, te, self.clock())
+            if target is None:
+                break
             self.moves[seq] = entry, target
             say(target, entry.start([0], self.clock(), expect=True))
-            asked[target.id] += 1
-        return asked.total(), te.sequences - asked.total()
+            asked.append(target)
+        for target in asked:  # counted there when they come
+            self.placing.changed(target)
+        return len(asked), te.sequences - len(asked)
 
     # ---- the cluster's news -----------------------------------------------------------------------------------------
     def ready(self, te: TE) -> None:
-        self.tes[te.id] = te
+        self.placing.add(te)
         self.newest = ""
         if self.config.te_share != WHOLE:
             te.share = self.config.te_share
@@ -466,6 +454,9 @@ class JobExecutor:
         self.pairs.ready(te)
         self.spread(te)
         self.place()
+
+    def changed(self, te: TE) -> None:
+        self.placing.changed(te)
 
     def spread(self, new: TE) -> None:
         """A new TE takes its part of what others have not begun: those who have waited longest for it would else get nothing of
@@ -485,9 +476,7 @@ class JobExecutor:
 
     def lost(self, te: TE, why: str) -> None:
         """Replay every task of a dead TE from its prompt plus what was sent, oldest first, before whatever else is held."""
-        if self.tes.get(te.id) is te:
-            del self.tes[te.id]
-            self.tree.gone(te.id)
+        self.placing.remove(te)
         reading = {p.entry for p in self.passages.table.values() if p.reader is te}  # moving there
         self.passages.lost(te)
         self.moves = {seq: move for seq, move in self.moves.items() if move[1] is not te}
@@ -521,7 +510,7 @@ class JobExecutor:
             self.next_task += 1
             self.live[entry.wire] = entry
         entry.task.life.move("lost", time.time())
-        self.held.appendleft(entry)
+        self.held.again(entry, self.clock())
 
     def give_up(self, why: str) -> None:
         """No TE will come: fail everything."""
@@ -530,8 +519,7 @@ class JobExecutor:
 
     def message(self, te: TE, message: FromWorker) -> None:
         if isinstance(message, BlockNews):
-            if not self.tree.hear(te.id, message):
-                say(te, Recount())
+            self.placing.news(te, message)
             return
         if isinstance(message, Tokens):
             self.tokens(te, message)
@@ -558,8 +546,8 @@ class JobExecutor:
 
     # ---- a step's tokens --------------------------------------------------------------------------------------------
     def tokens(self, te: TE, message: Tokens) -> None:
-        te.load = message.load
-        now = self.clock()
+        before, te.load, now = te.load, message.load, self.clock()
+        self.placing.stepped(te, before, now)
         if message.prompts is not None:
             for done in message.prompts:
                 self.prompt_done(done, te)
@@ -596,6 +584,7 @@ class JobExecutor:
             self.pairs.step(te, gaps, now, self.waiting_for)
         for entry, deltas in brought.items():
             entry.request.stream.feed(deltas)
+            self.held.generated(entry, len(deltas))
             if not entry.open_samples:
                 self.task_done(entry, now)
 
@@ -661,7 +650,9 @@ class JobExecutor:
     def sample_over(self, entry: LiveTask, sample: LiveSample, reason: str, now: float) -> None:
         sample.over = True
         assert entry.te is not None
-        entry.te.sequences -= 1
+        self.count(entry.te, entry, -1)
+        self.held.came(entry.request.flow, -1)
+        self.placing.sample_over(entry, sample, reason, now)
         entry.open_samples -= 1
         entry.request.open_samples -= 1
         entry.request.stream.usage.completion_tokens += len(sample.ids)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.types import Handover, Sample, SamplingParams, Start, pack_ids, sequence_id
 from sched.cluster import TE
+from sched.fairness import Flow
 from sched.job import Request, Task
+from sched.policy import Choice
+from sched.predict import Clues, Predicted
 from sched.stream import Stream, Submission
 from sched.text import Text
 
@@ -41,11 +45,16 @@ class LiveTask:
     te: TE | None = None  # where it runs; of a pair the decode TE
     prefill: TE | None = None  # of a pair, until the prompt's KV is handed over
     prefill_task: Task | None = None
-    keys: list[bytes] | None = None  # of the prompt's first KV blocks; None: not needed so far
+    keys: Sequence[bytes] = ()  # of the prompt's full KV blocks, where they could be of use
+    clues: Clues | None = None  # to the answer's length; None: before there was a TE
+    answer: Predicted | None = None  # ... what was predicted from them, where there was a choice to make
+    choice: Choice | None = None  # of the newest dispatch
+    rank: int = 0  # what the TE is told to share out its steps by: lower goes first
     deaths: int = 0  # attempts in a row that ended without a new token
     produced: int = 0  # tokens at the end of the newest attempt that ended so
     begun: bool = False  # its first token has come
     charged: TE | None = None  # dispatched and without a token since: its prompt counts in that TE's `prompt_tokens`
+    charge: int = 0  # ... with so many tokens
 
     def index(self, sample: LiveSample) -> int:
         """The sample's index within the task."""
@@ -69,7 +78,7 @@ class LiveTask:
             max_tokens=self.max_tokens,
             stop_ids=self.stop_ids,
             salt=submission.salt,
-            priority=submission.priority,
+            priority=self.rank,
             expect=expect,
             handover=handover,
             at=at,
@@ -85,5 +94,6 @@ class LiveRequest:
     submission: Submission
     stream: Stream
     arrived: float  # CLOCK_MONOTONIC seconds
+    flow: Flow[LiveTask]  # its key's
     tasks: list[LiveTask] = field(default_factory=list)
     open_samples: int = 0

@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from engine.config import Role
 from sched.costs import Costs, Reuse, reuse
 from sched.view import Floats, Slots, View, Way
 
@@ -377,8 +376,10 @@ class Outlook:
         elif kind == "semi":
             holder = decode
             first = float(self.lent(np.array([prefill]), np.array([decode]))[1][0])
-        tpot = float(self.tpot[decode])
-        return Choice(int(te[prefill]), int(te[decode]), why, kind, 1e3 * first, 1e3 * tpot, int(self.cached[holder]))
+        tpot, cached = float(self.tpot[decode]), int(self.cached[holder])
+        if cached:
+            why += f"; {cached} of {self.ask.prompt_tokens} prompt tokens are there"
+        return Choice(int(te[prefill]), int(te[decode]), why, kind, 1e3 * first, 1e3 * tpot, cached)
 
 
 # ---- sequences that leave a TE ------------------------------------------------------------------------------------------
@@ -397,68 +398,3 @@ def heir(ask: Ask, view: View, tree: Tree, costs: Costs, leaving: int) -> Choice
     at = longest_waiting(values, 0.0, view.last[slots])
     te, tpot = int(view.te[slots[at]]), 1e3 * float(outlook.tpot[slots[at]])
     return Choice(leaving, te, f"moved from TE {leaving}: least cost, {1e3 * values[at]:.0f} ms", predicted_tpot_ms=tpot)
-
-
-# ---- as it was before ---------------------------------------------------------------------------------------------------
-
-
-class Snapshot(msgspec.Struct, frozen=True):
-    """What the scheduler knows of a TE that takes tasks."""
-
-    te: int
-    sequences: int  # given to it and not ended
-    prompt_tokens: int  # of these, prompt tokens of sequences without a first token
-    role: Role = "colocated"
-    lender: int = -1  # of the prefill worker of a semi pair: the decode worker
-    cached: int = 0  # tokens of the task's own prompt whose KV it is known to have
-
-
-# A queued prompt token weighs as much as this part of a running sequence: one sequence costs a token a step for its
-# whole life, and some hundred prompt tokens take about as long as the steps between two arrivals.
-TOKENS_A_SEQUENCE = 256
-
-
-def burden(te: Snapshot) -> float:
-    """What a TE has to do, in sequences, less what it need not do for this task."""
-    return te.sequences + (te.prompt_tokens - te.cached) / TOKENS_A_SEQUENCE
-
-
-def least_loaded(snapshots: Sequence[Snapshot], together: bool = False) -> Choice | None:
-    """The TE, or the pair of a prefill and a decode TE, with the least to do; among equals a pair, since prompts that come later
-    don't disturb what runs there, and then the lowest numbers. None where nothing can take the task.
-
-    `together`: one TE must do all of it, where it is more or less a prompt only."""
-
-    def best(*roles: Role, lenders: bool = False) -> Snapshot | None:
-        fitting = [s for s in snapshots if s.role in roles and (s.lender < 0 or lenders)]
-        return min(fitting, key=lambda s: (burden(s), s.te), default=None)
-
-    choices: list[tuple[float, int, Choice]] = []
-    if together:
-        if one := best("colocated", "prefill", "semi"):
-            return Choice(one.te, one.te, f"the least loaded that computes prompts: {said(one)}")
-        return None
-    if (prefill := best("prefill")) and (decode := best("decode")):
-        reason = f"least loaded pair: {said(prefill)}, {said(decode)}"
-        choices.append((burden(prefill) + burden(decode), 0, Choice(prefill.te, decode.te, reason)))
-    by_number = {s.te: s for s in snapshots}
-    for worker in snapshots:
-        if worker.lender >= 0 and (owner := by_number.get(worker.lender)):
-            reason = f"least loaded semi pair: {said(worker)}, {said(owner)}"
-            choices.append((burden(worker) + burden(owner), 1, Choice(worker.te, owner.te, reason)))
-    if one := best("colocated"):
-        reason = f"least loaded of {sum(s.role == 'colocated' for s in snapshots)}: {said(one)}"
-        choices.append((burden(one), 2, Choice(one.te, one.te, reason)))
-    return min(choices, key=lambda c: c[:2])[2] if choices else None
-
-
-def said(te: Snapshot) -> str:
-    has = f", {te.cached} tokens of this one cached" if te.cached else ""
-    return f"TE {te.te} with {te.sequences} sequences, {te.prompt_tokens} prompt tokens{has}"
-
-
-def takes_over(snapshots: Sequence[Snapshot], leaving: int) -> Choice | None:
-    """Who goes on with a sequence that leaves a TE."""
-    fitting = [s for s in snapshots if s.te != leaving and s.role in ("decode", "colocated")]
-    best = min(fitting, key=lambda s: (burden(s), s.te), default=None)
-    return None if best is None else Choice(leaving, best.te, f"moved from TE {leaving} to the least loaded: {said(best)}")

@@ -22,8 +22,9 @@ import msgspec
 
 from engine import capacity, devices
 from engine.config import Config, Role, resolve
+from engine.rtc.keys import block_keys, root_key
 from engine.tokenizer import Tokenizer
-from engine.types import SamplingParams, UserError, checked
+from engine.types import SamplingParams, UserError, checked, pack_ids
 from scale.ladder import Climb
 from scale.memory import available, used_by
 from sched.cluster import Cluster
@@ -311,6 +312,8 @@ class AsyncLLM:
             raise Unavailable(f"{deployment.id} can't be served: {deployment.failure}", 30.0)
         check_fits(submission, served)
         assert deployment.je is not None
+        if deployment.has_choice and deployment.config.enable_prefix_caching:
+            await find_keys(submission, deployment.config)
         self.preloading.asked(deployment)
         live = deployment.je.admit(submission)
         try:
@@ -535,6 +538,17 @@ class AsyncLLM:
                 output.num_cached_tokens = stream.usage.cached_tokens
                 output.prompt_logprobs = stream.prompt_logprobs.get(0)
                 yield output
+
+
+async def find_keys(submission: Submission, config: Config) -> None:
+    """The keys of the prompts' full KV blocks, but for a last token: one is always computed."""
+    size = config.block_size
+    assert size is not None
+    root = root_key(submission.salt)
+    for prompt in submission.prompts:
+        ids = memoryview(pack_ids(prompt))[: (len(prompt) - 1) // size * size * 4]
+        # A block's key takes a microsecond and more, and has 16 tokens or so.
+        submission.keys.append(await off_loop(len(prompt), lambda ids=ids: list(block_keys(root, ids, size))))  # type: ignore[misc]
 
 
 def check_fits(submission: Submission, served: ServedModel) -> None:

@@ -69,6 +69,7 @@ class Submission(msgspec.Struct, kw_only=True):
     trace_id: str = ""  # the caller's X-Request-Id, where given
     kind: str = "chat"  # or "completion", "embedded", "context"
     salt: bytes = b""  # separates tenants in the prefix cache
+    keys: list[list[bytes]] = []  # of each prompt's full KV blocks, where there are TEs to choose from
     priority: int = 0
     retain: float = 0.0  # seconds for which its KV blocks are to be kept with priority
     context: str = ""  # the explicit context that the prompts begin with

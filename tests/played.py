@@ -287,7 +287,9 @@ class World:
     def make_plan(self, path: Path, stamp: str, asked: Config, box: Any = None) -> tuple[ladder.Plan, dict[str, str]]:
         if str(path) not in self.files:
             raise UserError(f"{path}: there is no such file or folder", "model")
-        config = msgspec.structs.replace(asked, device="cpu", max_model_len=asked.max_model_len or 256, block_size=16)
+        config = msgspec.structs.replace(
+            asked, device="cpu", max_model_len=asked.max_model_len or 256, block_size=16, max_num_batched_tokens=256
+        )
         key = f"{path}:{stamp}"
         return ladder.Plan(key, Packing("float32", "rows"), str(path), config, self.weight_bytes, self.te_bytes), {}
 

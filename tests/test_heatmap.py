@@ -163,9 +163,21 @@ def test_live_traffic_of_both_kinds_fills_the_map():
     assert heat.value(1024, 64, "semi") == (0.0, 0.0)
 
 
-def test_live_traffic_replaces_what_was_measured_in_time(monkeypatch):
+def test_a_map_is_drawn_anew_elsewhere():
+    heat, rng = HeatMap(), np.random.default_rng(0)
+    live(heat, "colocated", REFIT // 2, 3.0, rng)
+    assert not heat.due
+    live(heat, "disaggregated", REFIT // 2, 2.0, rng)
+    assert heat.due and heat.value(1024, 64) == (0.0, 0.0)
+    drawn = HeatMap.drawn(heat.snapshot())
+    assert not heat.due
+    live(heat, "colocated", 1, 3.0, rng)  # meanwhile
+    heat.adopt(drawn)
+    assert heat.value(1024, 64) == drawn.value(1024, 64) and heat.value(1024, 64).value > 0.2
+
+
+def test_live_traffic_replaces_what_was_measured_in_time():
     """Measured as a gain; since then something has changed, and the pair is slower for every length."""
-    monkeypatch.setattr("sched.heatmap.REFIT", 10**6)  # at the end of each round will do
     heat, rng = measured(HeatMap(), range(126), np.random.default_rng(1)), np.random.default_rng(0)
     values = [heat.value(1000, 60).value]
     for _ in range(10):

@@ -58,8 +58,15 @@ class PlayedTE:
         self.draining = False
         self.load = Load()
         self.climb = Climb(number, 0.0)
+        self.blocks, self.memory = 0, {}
         self.sent: list = []
         self.link = self
+
+    def __setattr__(self, name: str, value) -> None:
+        """As of a TE, the JE hears of what makes it take tasks or not."""
+        super().__setattr__(name, value)
+        if name in ("state", "role", "draining") and (je := getattr(self, "listener", None)) is not None:
+            je.changed(self)
 
     def send(self, message) -> None:
         self.sent.append(message)
@@ -72,12 +79,16 @@ class PlayedTE:
 class Scene:
     def __init__(self, tes: int = 1, **settings):
         self.now = 100.0
-        config = Config(max_model_len=64, block_size=16, te=max(tes, 1), **settings)
+        config = Config(max_model_len=64, block_size=16, max_num_batched_tokens=256, te=max(tes, 1), **settings)
         self.je = JobExecutor(config, Metrics(Families(), "m"), Random(1), clock=lambda: self.now)
         self.je.tokenizer = Letters()  # type: ignore[assignment]
         self.tes = [PlayedTE(i) for i in range(tes)]
         for te in self.tes:
-            self.je.ready(te)  # type: ignore[arg-type]
+            self.up(te)
+
+    def up(self, te: PlayedTE) -> None:
+        te.listener = self.je
+        self.je.ready(te)  # type: ignore[arg-type]
 
     def submit(self, name: str = "r", prompts=((65, 66),), **params):
         live = self.je.admit(
@@ -87,6 +98,7 @@ class Scene:
                 model="m",
                 prompts=[array("i", p) for p in prompts],
                 params=SamplingParams(**params),
+                keys=[list(block_keys(root_key(b""), pack_ids(array("i", p))[: (len(p) - 1) // 16 * 64], 16)) for p in prompts],
             )
         )
         got: list[Delta] = []
@@ -189,7 +201,7 @@ def test_a_task_that_kills_every_te_is_given_up():
     for _ in range(MAX_ATTEMPTS):
         s.je.lost(s.tes[0], "died")  # type: ignore[arg-type]
         s.tes[0] = PlayedTE(0)
-        s.je.ready(s.tes[0])  # type: ignore[arg-type]
+        s.up(s.tes[0])
     assert isinstance(live.stream.error, TaskFailed) and live.record.life.state == "failed"
     assert not s.je.live and not s.je.held and s.je.outstanding == 0
 
@@ -203,7 +215,7 @@ def test_a_task_that_comes_on_under_each_te_is_not_given_up():
         s.speak(s.tes[0], [(sequence_id(entry.wire, 0), 65 + i, 0)])
         s.je.lost(s.tes[0], "died")  # type: ignore[arg-type]
         s.tes[0] = PlayedTE(0)
-        s.je.ready(s.tes[0])  # type: ignore[arg-type]
+        s.up(s.tes[0])
     assert live.stream.error is None and live.record.life.state == "running"
 
 
@@ -214,7 +226,7 @@ def test_a_new_te_takes_its_part_of_what_has_not_begun():
     begun, *waiting = list(s.je.live.values())
     s.speak(s.tes[0], [(sequence_id(begun.wire, 0), 65, 0)])
     new = PlayedTE(1)
-    s.je.ready(new)  # type: ignore[arg-type]
+    s.up(new)
     assert (s.tes[0].sequences, new.sequences) == (3, 3)
     assert {e.request.record.id for e in s.je.live.values() if e.te is new} == {"r3", "r4", "r5"}, "the newest"
     assert [m.task for m in s.tes[0].sent if isinstance(m, Abort)] == [e.task.id for e in reversed(waiting[2:])]
@@ -251,7 +263,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached():
     s.je.message(s.tes[2], BlockNews(1, stored=keys))  # type: ignore[arg-type]
     s.submit("warm", prompts=[prompt])
     (entry,) = s.je.live.values()
-    assert entry.te is s.tes[2] and "32 tokens of this one cached" in entry.task.reason
+    assert entry.te is s.tes[2] and "32 of 40 prompt tokens are there" in entry.task.reason
     s.je.message(s.tes[2], BlockNews(3))  # type: ignore[arg-type]  # the second was lost
     assert isinstance(s.tes[2].sent[-1], Recount)
     s.je.message(s.tes[2], BlockNews(4, evicted=keys, whole=True))  # type: ignore[arg-type]
@@ -259,7 +271,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached():
     assert s.tes[0].sequences == 1
     s.je.message(s.tes[1], BlockNews(1, stored=keys))  # type: ignore[arg-type]
     s.je.lost(s.tes[1], "killed")  # type: ignore[arg-type]
-    assert not s.je.tree.match(entry.keys or []).tes.size
+    assert not s.je.placing.tree.match(entry.keys).tes.size
 
 
 @run
@@ -270,7 +282,7 @@ def test_tasks_wait_for_a_te_and_leave_with_their_caller():
     assert len(s.je.held) == 2
     s.je.leave(one)
     te = PlayedTE(0)
-    s.je.ready(te)  # type: ignore[arg-type]
+    s.up(te)
     assert [m.task for m in te.sent] == [two.tasks[0].task.id]
     s.je.leave(two)
     assert te.sent[-1] == Abort(two.tasks[0].task.id) and te.sequences == te.prompt_tokens == 0
@@ -368,7 +380,7 @@ def test_who_waits_for_a_model_hears_how_it_comes_up_and_who_comes_later_too():
     s.je.progress("weights 40 %")
     later, _ = s.submit("later")
     assert (first.stream.unheard, later.stream.unheard) == ("weights 40 %", "weights 40 %")
-    s.je.ready(PlayedTE(0))  # type: ignore[arg-type]
+    s.up(PlayedTE(0))
     s.je.progress("weights 10 %")  # of a second TE: nobody waits for it
     placed, _ = s.submit("placed")
     assert later.stream.unheard == "weights 40 %" and placed.stream.unheard == ""

@@ -157,7 +157,7 @@ class Simulation(Scene):
                 other.sent.append(Link([te]))  # type: ignore[list-item]
                 te.sent.append(Link([other]))  # type: ignore[list-item]
         self.table[number] = te
-        self.je.ready(te)  # type: ignore[arg-type]
+        self.up(te)
 
     def kill(self, te: WholeTE) -> None:
         """What it has said is still heard; that it is dead may be heard only later."""

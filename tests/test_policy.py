@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sched.costs import Costs
-from sched.policy import HEAT, MISSED, TOLERANCE, WAIT, WORK, Ask, Choice, Order, Snapshot, choose, heir, least_loaded
+from sched.policy import HEAT, MISSED, TOLERANCE, WAIT, WORK, Ask, Choice, Order, choose, heir
 from sched.view import ROLES, View
 
 BLOCK = 16
@@ -436,16 +436,3 @@ def test_the_heir_of_a_sequence_is_the_cheapest_that_decodes():
     assert choice is not None and choice.decode == 1
     view.update(1, takes=False)
     assert heir(asks(), view, FakeTree(), COSTS, leaving=2) is None
-
-
-# ---- as it was before ---------------------------------------------------------------------------------------------------
-
-
-def test_least_loaded_counts_sequences_and_queued_prompts():
-    assert least_loaded([]) is None
-    choice = least_loaded([Snapshot(0, 4, 0), Snapshot(1, 3, 0)])
-    assert choice is not None and choice.decode == 1 and "3 sequences" in choice.reason
-    choice = least_loaded([Snapshot(0, 4, 0), Snapshot(1, 3, 4096)])
-    assert choice is not None and choice.decode == 0
-    choice = least_loaded([Snapshot(1, 0, 0), Snapshot(0, 0, 0)])
-    assert choice is not None and choice.decode == 0, "equals: the lowest id"

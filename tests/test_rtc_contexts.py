@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from sched.contexts import LONGEST_TTL, MOST_CONTEXTS, Contexts, UnknownContext
-from sched.policy import Snapshot, least_loaded
 from tests.fake import BOS
 from tests.test_gateway import HI, Rig, drive
 
@@ -55,12 +54,6 @@ def test_a_key_has_so_many():
     contexts.check_room(b"B")
     now[0] += 10.0
     contexts.check_room(b"A")
-
-
-def test_the_te_that_holds_a_context_is_preferred_but_not_at_any_price():
-    free, home = Snapshot(0, 0, 0), Snapshot(1, 3, 100, cached=1024)
-    assert (choice := least_loaded([free, home])) and choice.decode == 1 and "1024 tokens of this one cached" in choice.reason
-    assert (choice := least_loaded([free, Snapshot(1, 5, 0, cached=1024)])) and choice.decode == 0
 
 
 # ---- the routes -----------------------------------------------------------------------------------------------------

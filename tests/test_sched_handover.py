@@ -20,7 +20,6 @@ from engine.types import (
     sequence_id,
     unpack_ids,
 )
-from sched.policy import Snapshot, least_loaded, takes_over
 from tests.test_job_executor import PlayedTE, Scene, run
 
 
@@ -32,7 +31,7 @@ class Pair(Scene):
         self.tes = [PlayedTE(i) for i in range(2 * pairs)]
         for i, te in enumerate(self.tes):
             te.role = "decode" if i % 2 else "prefill"
-            self.je.ready(te)  # type: ignore[arg-type]
+            self.up(te)
 
     def hear(self, te: int, message) -> None:
         self.je.message(self.tes[te], message)  # type: ignore[arg-type]
@@ -49,7 +48,7 @@ class Pair(Scene):
         new = PlayedTE(te)
         new.role = self.tes[te].role
         self.tes[te] = new
-        self.je.ready(new)  # type: ignore[arg-type]
+        self.up(new)
 
     def reserve(self) -> int:
         """Up to the prefill TE's start: the sequence."""
@@ -360,22 +359,3 @@ def test_a_te_dies_before_its_decode_has_room_elsewhere():
     second.sent.clear()
     s.hear(1, Reserved(s.seq, pack_ids([7]), 0))  # said before it heard
     assert not second.sent and not s.je.passages.table
-
-
-def test_pairs_and_single_tes_by_what_they_have_to_do():
-    pair = [Snapshot(0, 0, 0, "prefill"), Snapshot(1, 0, 0, "decode")]
-    alone = Snapshot(2, 0, 0)
-    semi = [Snapshot(3, 0, 0, "semi"), Snapshot(4, 0, 0, "semi", 3)]
-
-    def pick(*tes, together=False):
-        choice = least_loaded(tes, together)
-        return choice and (choice.prefill, choice.decode)
-
-    assert pick(*pair) == (0, 1) and pick(pair[0]) is None and pick(pair[1]) is None
-    assert pick(*pair, alone) == (0, 1) and pick(alone, *semi) == (4, 3) and pick(semi[0]) is None
-    assert pick(Snapshot(0, 0, 900, "prefill"), pair[1], alone) == (2, 2)
-    assert pick(pair[0], Snapshot(1, 9, 0, "decode"), alone) == (2, 2)
-    assert pick(*pair, together=True) == (0, 0) and pick(*semi, together=True) == (3, 3) and pick(pair[1], together=True) is None
-    busy = Snapshot(5, 4, 0)
-    gone = takes_over([alone, busy, pair[0]], 2)
-    assert gone is not None and (gone.prefill, gone.decode) == (2, 5) and takes_over([alone, pair[0]], 2) is None
