@@ -59,7 +59,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_keys_file: Annotated[
         str,
         Meta(
-            description="TOML file of more keys, a [keys.NAME] table each: key, rpm, tpm, slo-ttft-ms, slo-tpot-ms (docs/api.md)"
+            description="TOML file of more keys, a [keys.NAME] table each: key, weight, priority, rpm, tpm, slo-ttft-ms, slo-tpot-ms (docs/api.md)"
         ),
     ] = ""
     device: Annotated[

@@ -57,6 +57,8 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A `[keys.NAME]` table."""
 
     key: Annotated[str, Meta(min_length=1, max_length=512)]
+    weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     rpm: Annotated[int, Meta(ge=1)] | None = None
     tpm: Annotated[int, Meta(ge=1)] | None = None
     slo_ttft_ms: Annotated[float, Meta(gt=0)] | None = None

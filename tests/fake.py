@@ -70,6 +70,7 @@ class FakeService:
         self.text = text
         self.card = FakeModel()
         self.submissions: list[Submission] = []
+        self.reasons: list[str] = []  # of the tasks of every request
         self.refusals: list[tuple[str, str]] = []  # before they became submissions
         self.live: set[str] = set()  # submissions whose context has not been left
         self.steps = 0
@@ -102,7 +103,8 @@ class FakeService:
 
     def job(self, id: str) -> dict[str, Any] | None:
         found = next((s for s in self.submissions if id in (s.id, s.trace_id)), None)
-        return None if found is None else {"id": found.id, "request_id": found.trace_id, "jobs": []}
+        jobs = [{"tasks": [{"reason": reason or None}]} for reason in self.reasons]
+        return None if found is None else {"id": found.id, "request_id": found.trace_id, "jobs": jobs}
 
     async def executors(self) -> list[dict[str, Any]]:
         return [

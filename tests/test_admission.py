@@ -205,6 +205,8 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
     text = """
     [keys.alice]
     key = "sk-alice"
+    weight = 2
+    priority = -1
     rpm = 60
     tpm = 9000
     slo-ttft-ms = 500
@@ -214,7 +216,7 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
     """
     alice, bob = read(written(tmp_path, text))
     assert alice.secret == b"sk-alice" and bob.secret == "sk-böb".encode() and alice.salt != bob.salt
-    assert alice.tenant == Tenant(name="alice", rpm=60, tpm=9000, slo_ttft_ms=500.0, slo_tpot_ms=50.5)
+    assert alice.tenant == Tenant(name="alice", weight=2.0, priority=-1, rpm=60, tpm=9000, slo_ttft_ms=500.0, slo_tpot_ms=50.5)
     assert bob.tenant == Tenant(name="b o b")
     every = together(plain(["one", "two", "one"]), [alice, bob])
     assert [key.tenant.name for key in every] == ["api-key-1", "api-key-2", "alice", "b o b"] and ANYONE.name == ""
@@ -231,6 +233,7 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
         ("[keys.a]\nkey = ''", "[keys.a] key: "),
         ("[keys.a]\nkey = '  '", "[keys.a] key: it is blank"),
         ("[keys.a]\nkey = 'secret'\nrpm = 0", "[keys.a] rpm: "),
+        ("[keys.a]\nkey = 'secret'\nweight = 0", "[keys.a] weight: "),
         ("[keys.a]\nkey = 'secret'\nslo-ttft-ms = -1", "[keys.a] slo-ttft-ms: "),
         ("[keys.a]\nkey = 'secret'\nrpn = 1", "unknown field `rpn`"),
         ("keys.a = 'secret'", "[keys.a]: Expected `object`"),

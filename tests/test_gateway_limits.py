@@ -38,6 +38,24 @@ async def chat(rig: Rig, secret: str = "secret", **headers: str) -> tuple[int, A
     return await rig.post("/v1/chat/completions", CHAT, Authorization=f"Bearer {secret}", **headers)
 
 
+# ---- placement ------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_request_was_put_and_why() -> None:
+    async def run(rig: Rig) -> None:
+        rig.service.reasons = ["colocated 2: least cost", ""]
+        _, _, headers = await chat(rig)
+        assert "X-Placement" not in headers
+        for stream in (False, True):
+            url, asked = rig.url + "/v1/chat/completions", CHAT | {"stream": stream}
+            async with rig.http.post(url, json=asked, headers={"X-Explain": "placement"}) as response:
+                assert response.headers["X-Placement"] == "colocated 2: least cost | held: no TE takes it yet"
+        status, answer, _ = await rig.post("/v1/chat/completions", CHAT, X_Explain="everything")
+        assert status == 400 and "send placement" in answer["error"]["message"]
+
+    drive(run)
+
+
 # ---- keys -----------------------------------------------------------------------------------------------------------
 
 

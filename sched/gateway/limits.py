@@ -3,6 +3,7 @@
 X-Request-Timeout   seconds, from the arrival of the request's headers; then it ends everywhere and is answered 504
 X-SLO-TTFT-MS, X-SLO-TPOT-MS   what this request wants, instead of what its key or the server promises (llm-d's names)
 X-SLO-Action        `reject`: answer 429 at once where the targets or the deadline can't be met; `serve` (default): try
+X-Explain           `placement`: the reply's header X-Placement says which TEs were chosen for it, and why
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sched.tenants import ANYONE, Key, Tenant
 
 LONGEST = 86400.0  # seconds of a request: nobody waits for more than a day
 TIMEOUT, TTFT, TPOT, ACTION = "X-Request-Timeout", "X-SLO-TTFT-MS", "X-SLO-TPOT-MS", "X-SLO-Action"
+EXPLAIN, PLACEMENT = "X-Explain", "X-Placement"
 
 
 class Account:
@@ -64,6 +66,7 @@ class Terms(msgspec.Struct, frozen=True):
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     reject: bool = False
+    explain: bool = False
 
     @property
     def left(self) -> float:
@@ -76,7 +79,11 @@ def terms(headers: CIMultiDictProxy[str]) -> Terms:
     action = headers.get(ACTION, "serve").strip().lower()
     if action not in ("serve", "reject"):
         raise Problem(f"{ACTION}: {action[:50]!r} is not understood; send reject, or leave it out", ACTION)
+    explain = headers.get(EXPLAIN)
+    if explain is not None and explain.strip().lower() != "placement":
+        raise Problem(f"{EXPLAIN}: {explain[:50]!r} is not understood; send placement, or leave it out", EXPLAIN)
     return Terms(
+        explain=explain is not None,
         timeout=number(headers, TIMEOUT, "seconds", LONGEST),
         began=time.monotonic(),
         ttft_ms=number(headers, TTFT, "milliseconds", LONGEST * 1e3),
@@ -101,6 +108,15 @@ def number(headers: CIMultiDictProxy[str], name: str, unit: str, most: float) ->
 ACCOUNT = web.RequestKey("account", Account)
 TERMS = web.RequestKey("terms", Terms)
 LIMIT = web.RequestKey("limit", asyncio.Timeout)  # ends the handler at the deadline, until there is a stream that does
+
+
+def placement(request: web.Request, submission: Submission) -> dict[str, str]:
+    """The header that says where a submission's tasks were put, and why, if its caller asked."""
+    if not request[TERMS].explain:
+        return {}
+    job = request.app[SERVICE].job(submission.id) or {"jobs": []}
+    reasons = [task["reason"] for one in job["jobs"] for task in one["tasks"][:1]]  # both tasks of a pair have the same one
+    return {PLACEMENT: " | ".join(reason or "held: no TE takes it yet" for reason in reasons)}
 
 
 def expired(terms: Terms, tokens: int = 0) -> Expired:

@@ -15,7 +15,7 @@ from sched.contexts import Context
 from sched.gateway import errors, prompt, schema, shapes
 from sched.gateway.face import Model, Service
 from sched.gateway.keys import CALLER_ID, FINGERPRINT, HEART, REQUEST_ID, SERVICE, TENANT
-from sched.gateway.limits import submitted
+from sched.gateway.limits import placement, submitted
 from sched.gateway.sse import EventStream
 from sched.stream import Expired, Stream, Submission
 
@@ -141,8 +141,8 @@ async def answer(
             except Expired as e:
                 raise errors.late(e, so_far(shape, gathering, stream)) from None
             body = shape.whole(gathering, stream.usage)
-            return web.Response(body=body, content_type="application/json")
-        events = EventStream(request, request.app[HEART], shape)
+            return web.Response(body=body, content_type="application/json", headers=placement(request, submission))
+        events = EventStream(request, request.app[HEART], shape, placement(request, submission))
         try:
             await events.open()
             await stream.run(events.put, events.note)

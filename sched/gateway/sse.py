@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from aiohttp import HttpVersion11, web
@@ -44,9 +44,10 @@ class EventStream:
 
     __slots__ = ("allowed", "chunked", "heart", "quiet", "request", "response", "shape", "transport")
 
-    def __init__(self, request: web.Request, heart: Heart, shape: Shape):
+    def __init__(self, request: web.Request, heart: Heart, shape: Shape, headers: Mapping[str, str] | None = None):
+        """`headers`: of the response, beside those that every stream has."""
         self.request, self.heart, self.shape = request, heart, shape
-        self.response = web.StreamResponse(headers=HEADERS)
+        self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
         self.transport: asyncio.Transport | None = None  # while the connection lives
         self.allowed = MOST_UNSENT
         self.quiet = False  # nothing sent since the heart last looked
