@@ -196,7 +196,7 @@ def simulated(layout: Layout, fit: Fitted, asked: Sequence[Arrival]) -> tuple[Fi
     """Figures of all requests, and the part of the time in which a TE computed (the busiest one's)."""
     spec = Spec(seats=SEATS, block=BLOCK, kv_tokens=KV_BLOCKS * BLOCK, overlapped=True)
     cluster = Cluster(roles=roles_of(layout.roles, None), costs=fit.costs, spec=spec)
-    simulation = Simulation(cluster, "least_loaded", HeatMap())
+    simulation = Simulation(cluster, "cost", HeatMap())
     done = simulation.run(asked)
     busiest = max(te.busy_seconds for te in simulation.tes.values())
     return figures(done, 0.0, asked[-1].at + 1.0, None), busiest / done.seconds

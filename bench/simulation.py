@@ -2,7 +2,7 @@
 
     map     the paper's heat map, as it comes out on the stated figures
     paper   the paper's experiment: 2 colocated TEs and one 1P1D, code completion of about 2K in and 200 out, against round robin
-    scale   64, 256 and 1000 TEs: conversations, code completion, bursts; at the load where the best of the other policies still
+    scale   64 and 1000 TEs: conversations, code completion, bursts; at the load where the best of the other policies still
             keeps both promises for 90 % of requests, below it and above
     million 1000 TEs and a million requests: how long that takes us
 
@@ -45,14 +45,14 @@ class Sizes(NamedTuple):
     """How much is simulated."""
 
     paper_rates: Sequence[float] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
-    paper_requests: int = 3000
-    paper_seeds: int = 10
+    paper_requests: int = 2500
+    paper_seeds: int = 8
     tes: Sequence[tuple[int, float, int, Sequence[float]]] = (  # TEs, seconds, seeds, loads beside the one where GOOD ends
-        (64, 100.0, 5, (0.4, 0.7, 0.9, 1.0, 1.1)),
-        (256, 60.0, 4, (0.7, 1.0)),
-        (1000, 45.0, 3, (0.7, 1.0)),
+        (64, 40.0, 10, (1.0,)),  # where one hot prefix decides how a policy fares, seeds differ much
+        (64, 40.0, 3, (0.7, 1.1)),
+        (1000, 15.0, 3, (1.0,)),
     )
-    search_seconds: float = 60.0
+    search_seconds: float = 30.0
     million: int = 1_000_000
 
 
@@ -148,18 +148,17 @@ def scale(heat: HeatMap, sizes: Sizes) -> dict[str, Any]:
 
 def critical(trace: str, tes: int, heat: HeatMap, sizes: Sizes) -> float:
     """The rate at which the best policy but ours still keeps GOOD."""
-    others = [policy for policy in POLICIES if policy != "cost"]
+    others: list[Policy] = ["prefix_only", "paper", "least_loaded", "round_robin", "random"]  # those that are likely to, first
 
-    def best(rate: float) -> float:
+    def keeps(policy: Policy, rate: float) -> bool:
         load = Load(trace, rate, round(rate * sizes.search_seconds))
-        runs = [Run(cluster_of(tes), load, policy, seed, heat.data) for policy in others for seed in (100, 101)]
-        found = simulate_all(runs, quietly)
-        return max(sum(one.figures.good for one in found[n : n + 2]) / 2 for n in range(0, len(found), 2))
+        runs = [Run(cluster_of(tes), load, policy, seed, heat.data) for seed in (100, 101)]
+        return sum(one.figures.good for one in simulate_all(runs, quietly)) / len(runs) >= GOOD
 
-    low, high = 0.0, HIGHEST[trace] * tes
-    for _ in range(7):
+    low, high = 0.4 * HIGHEST[trace] * tes, HIGHEST[trace] * tes
+    for _ in range(5):
         middle = (low + high) / 2
-        if best(middle) >= GOOD:
+        if any(keeps(policy, middle) for policy in others):
             low = middle
         else:
             high = middle

@@ -15,6 +15,7 @@ a float and columns a column.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import ceil, inf
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
@@ -52,7 +53,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     # ---- an idle TE -------------------------------------------------------------------------------------------------
     def prefill(self, new: Number, context: Number | float = 0.0) -> Number:
         """Seconds to compute `new` prompt tokens (1 or more) after `context` others, in as few equal chunks as there can be."""
-        chunks = np.ceil(new / self.chunk)
+        chunks = np.ceil(new / self.chunk) if isinstance(new, np.ndarray) else float(ceil(new / self.chunk))  # 10 times quicker
         each = new / chunks
         return chunks * self.p0 + new * (self.p1 + (self.p2 - 0.5 * self.p3) * each + self.p3 * (context + 0.5 * new))
 
@@ -65,6 +66,12 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         """Seconds until KV of so many tokens is with another TE, once it is computed."""
         return self.peer0 + self.peer * tokens
 
+    @property
+    def arrivals(self) -> float:
+        """Sequences that come to a TE in a second, in the mean: each of `crowd` stays for as many steps as an answer is long."""
+        sequences = self.crowd + 1.0
+        return self.crowd / (self.answer * self.step(0.0, 0.0, sequences, sequences * (self.prompt + self.answer / 2)))
+
     # ---- a new task on each TE of a view ----------------------------------------------------------------------------
     def predict_busy(self, view: View) -> Floats:
         """Seconds that the sequences of each TE add to a step, as an idle machine would have it."""
@@ -72,8 +79,10 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
     def predict_tpot(self, view: View, tokens: float, busy: Floats) -> Floats:
         """Seconds a token of an answer, with one more sequence of so many tokens there. Where a TE computes prompts too, each of
-        its sequences is followed by another one once an answer is over, whose prompt holds all of them up."""
-        stall = self.prefill(max(self.prompt - self.found, 1.0), self.found) / self.answer
+        its sequences is followed by another one once an answer is over, whose prompt makes steps of all of them that longer."""
+        new = max(self.prompt - self.found, 1.0)
+        instead = self.d0 * ceil(new / self.chunk)  # what those steps would have begun with
+        stall = max(self.prefill(new, self.found) - instead, 0.0) / self.answer
         return (busy + stall * view.mixes * view.sequences + (self.d0 + self.d1 + self.d2 * tokens)) * view.slow
 
     def predict_wait(self, view: View, tokens: float, busy: Floats, tpot: Floats) -> Floats:
@@ -81,10 +90,10 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         that its decodes make longer; and where seats or KV are short, so many of its sequences must end. All that run now will
         have ended after as many steps as an answer is long."""
         ahead = view.queued_tokens * (busy / self.chunk + self.prefill(self.prompt) / self.prompt) * view.slow
-        taken = (view.kv_used + view.queued_tokens + tokens) / view.kv_total
-        full = np.maximum(taken, (view.sequences + 1.0) / view.seats)
-        if full.max(initial=0.0) <= 1.0:
+        room, seats = view.kv_total - view.kv_used - view.queued_tokens, view.seats - view.sequences
+        if room.min(initial=inf) >= tokens and seats.min(initial=inf) >= 1.0:
             return ahead
+        full = np.maximum((view.kv_used + view.queued_tokens + tokens) / view.kv_total, (view.sequences + 1.0) / view.seats)
         return ahead + (np.maximum(full, 1.0) - 1.0) * (tpot * self.answer)
 
     def predict_prefill(self, view: View, seconds: Number, new: Number, busy: Floats) -> Floats:
@@ -206,6 +215,7 @@ OUTLIER = 3.0
 # Weight of a new request's lengths, and of a TE's newest step, in their moving means.
 LENGTH_WEIGHT, SLOW_WEIGHT = 0.02, 0.1
 SLOWEST = 8.0  # a TE's steps take at most so many times what the costs say, and at least one part in so many
+PACE_MEMORY = 10.0  # seconds without a step after which a TE is taken for as quick as the others
 
 
 class Learner:
@@ -213,6 +223,7 @@ class Learner:
 
     def __init__(self, start: Costs):
         self.costs = start
+        self.requests = 0  # that have ended
         numbers = np.array([getattr(start, name) for name in NUMBERS])
         # A number that is nought at the start could become anything: it is given the scale at which it matters in a full step.
         whole = max(start.prefill(float(start.chunk)), start.d0)
@@ -243,16 +254,38 @@ class Learner:
 
     def ended(self, prompt: int, answer: int, found: int, crowd: float) -> None:
         """A request with so many tokens has ended; of its prompt so many were found in a cache. `crowd`: the view's, now."""
-        mean = self.costs
+        self.requests += 1
+        mean, weight = self.costs, max(LENGTH_WEIGHT, 1 / (self.requests + 1))  # the first guess counts as one
         self.costs = msgspec.structs.replace(
             mean,
-            prompt=mean.prompt + LENGTH_WEIGHT * (max(prompt, 1) - mean.prompt),
-            found=mean.found + LENGTH_WEIGHT * (found - mean.found),
-            answer=mean.answer + LENGTH_WEIGHT * (max(answer, 1) - mean.answer),
-            crowd=mean.crowd + LENGTH_WEIGHT * (crowd - mean.crowd),
+            prompt=mean.prompt + weight * (max(prompt, 1) - mean.prompt),
+            found=mean.found + weight * (found - mean.found),
+            answer=mean.answer + weight * (max(answer, 1) - mean.answer),
+            crowd=mean.crowd + weight * (crowd - mean.crowd),
         )
 
 
-def slower(slow: float, times: float) -> float:
-    """A TE's `slow` after a step that took `times` what the costs of all TEs say."""
-    return slow + SLOW_WEIGHT * (times - slow)
+class Paces:
+    """How much slower than the others each TE is. What slows all of them down alike is in the costs already, or soon will be; and
+    a TE without work shows nothing, so what it showed last doesn't keep work from it for good."""
+
+    def __init__(self) -> None:
+        self.paces: dict[int, float] = {}  # TE -> how many times what the costs say its steps took, in the moving mean
+        self.heard: dict[int, float] = {}  # ... and when its last one was; seconds of any clock
+
+    def hear(self, te: int, times: float, now: float) -> None:
+        """A step took so many times what the costs say."""
+        usual = sum(self.paces.values()) / len(self.paces) if self.paces else times
+        before = self.paces.get(te, usual)
+        self.paces[te], self.heard[te] = before + SLOW_WEIGHT * (times - before), now
+
+    def forget(self, te: int) -> None:
+        self.paces.pop(te, None)
+        self.heard.pop(te, None)
+
+    def slow(self, now: float) -> dict[int, float]:
+        """How many times longer than the mean of those that had steps of late each of them takes. The others: like the mean."""
+        for te in [te for te, at in self.heard.items() if now - at > PACE_MEMORY]:
+            self.forget(te)
+        mean = sum(self.paces.values()) / max(len(self.paces), 1)
+        return {te: pace / mean for te, pace in self.paces.items()}

@@ -39,6 +39,9 @@ LEFT_FREE = 8
 # Step budgets of uncomputed prompts that a TE gets: one for the step that runs and one for the next, which is planned meanwhile.
 # Fewer would let it wait for us, more would be more that a new prompt waits for.
 STEPS_AHEAD = 2
+# ... of a key that has more than its share of the seats: who comes now waits for the step that runs and the one that is planned,
+# so those stay short. Its sequences end one by one, and so come its prompts: it loses little.
+BEYOND_AHEAD = 0.5
 
 
 class Flow(Generic[T]):
@@ -190,10 +193,13 @@ def takes(room: Room, new: int) -> bool:
 
     A key within its share of the seats may have any that is free, one beyond it leaves some free: so who comes now finds a seat,
     and those that it takes are left free again as sequences end. Prompts are kept back once a TE has enough for two steps, and
-    this key its share of those; KV blocks are left to keys that have nothing there."""
+    this key its share of those, or half a step where it is beyond its share; KV blocks are left to keys without any there."""
     if room.taken and room.taken + new > room.seats:
         return False
-    if beyond_share(room, new) and room.taken + new > room.seats - free(room.seats):
+    beyond = beyond_share(room, new)
+    if beyond and room.taken + new > room.seats - free(room.seats):
+        return False
+    if beyond and room.mine_unread >= BEYOND_AHEAD * room.budget:
         return False
     ahead = STEPS_AHEAD * room.budget
     if room.unread >= ahead and room.mine_unread and room.mine_unread >= ahead * room.share:

@@ -272,7 +272,10 @@ def nearest(times: float, bins: int) -> tuple[int, float]:
     """The bin of a length that is `times` that of the first one, each bin's twice the one before; and how many bins it is away
     from the first or last bin's edge, 0 within the map."""
     at = math.log2(times)
-    best = min(max(round(at), 0), bins - 1)
+    best = round(at)
+    if 0 <= best < bins:
+        return best, 0.0
+    best = 0 if best < 0 else bins - 1
     return best, max(0.0, abs(at - best) - 0.5)
 
 

@@ -280,14 +280,16 @@ class JobExecutor:
     def placed(self) -> bool:
         """Give the foremost task that a TE takes to that TE."""
         now = self.clock()
+        kept: set[int] = set()  # TEs that make room for a task that is before
         for entry in self.held.heads(now):
             share = self.held.share(entry, now)
-            choice = self.placing.choose(entry, now, self.held.closed(entry, share, self.tes.values()))
+            choice = self.placing.choose(entry, now, kept.union(self.held.closed(entry, share, self.tes.values())))
             if choice is not None:
                 entry.rank = self.held.rank(entry, share, self.tes[choice.decode])
                 self.dispatch(entry, choice)
                 self.held.sent(entry, now)
                 return True
+            kept.update(self.held.kept_for(entry, share, self.tes.values(), now))
         return False
 
     def progress(self, line: str) -> None:
@@ -329,6 +331,9 @@ class JobExecutor:
     def forget_context(self, id: str) -> None:
         """An explicit context was deleted or has expired."""
         self.placing.homes.pop(id, None)
+        for entry in self.live.values():  # placed from now on, it would find a home for it again, which nobody forgets
+            if entry.request.submission.context == id:
+                entry.request.submission.context = ""
         for te in self.tes.values():
             say(te, Forget(id))
 
@@ -406,6 +411,13 @@ class JobExecutor:
             self.metrics.moved.inc()
         else:
             self.prefilled(entry)
+
+    def adopted(self, te: TE, message: Adopted) -> None:
+        """A TE goes on with a sequence. Where the one that it came from has died, it may be on its way to a third one by now:
+        that is another passage."""
+        passage = self.passages.table.get(message.seq)
+        if passage is not None and passage.reader is te:
+            self.passages.adopted(message)
 
     def closed(self, message: Closed) -> None:
         passage = self.passages.closed(message)
@@ -528,7 +540,7 @@ class JobExecutor:
         elif isinstance(message, HandedOver):
             self.handed_over(message)
         elif isinstance(message, Adopted):
-            self.passages.adopted(message)
+            self.adopted(te, message)
         elif isinstance(message, Closed):
             self.closed(message)
         elif isinstance(message, Refused):
@@ -691,10 +703,13 @@ class JobExecutor:
         self.requests[record.id] = record
         if record.trace_id:
             self.by_trace[record.trace_id] = record.id
-        while len(self.requests) > KEPT_REQUESTS:
+        for _ in range(2):  # one more than has come, so that those that still run are got past
+            if len(self.requests) <= KEPT_REQUESTS:
+                break
             old = next(iter(self.requests.values()))
             if not old.life.over:
-                break  # everything kept is running: nothing to forget
+                self.requests.move_to_end(old.id)
+                continue
             del self.requests[old.id]
             if self.by_trace.get(old.trace_id) == old.id:
                 del self.by_trace[old.trace_id]

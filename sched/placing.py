@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from engine import devices
 from engine.config import Config
 from engine.types import BlockNews, Load, Recount
 from sched.baselines import Pick
 from sched.cluster import TE
-from sched.costs import Costs, Learner, Step, rough, slower
+from sched.costs import Costs, Learner, Paces, Step, rough
 from sched.handover import say
 from sched.heatmap import Kind, Traffic
 from sched.knowledge import Knowledge
@@ -25,12 +27,15 @@ from sched.predict import Predicted, clues
 from sched.prompt_tree import PromptTree
 from sched.view import View
 
-# Seconds between two steps of a TE that costs are learnt from: one costs the event loop some 50 µs.
+# Seconds between two steps of a TE that costs are learnt from, since one costs the event loop some 50 µs; and between two looks
+# at which TEs are slow.
 LEARN_EVERY = 0.1
+PACE_EVERY = 0.5
 # Without a profile, until steps have been seen: bytes a second of an accelerator's and of a CPU's memory, and for how many decode
 # steps' time a full step lasts for each token, both within a factor of ten of what there is.
 BANDWIDTH = {True: 1e12, False: 2e10}
 TOKENS_A_STEP = {True: 200.0, False: 20.0}
+HANDOVER = 0.005  # seconds that a prompt's way to another TE takes beside its bytes': four messages between processes, and a step
 HEAT_KINDS: dict[Way, Kind] = {"colocated": "colocated", "pair": "disaggregated", "semi": "semi"}
 
 
@@ -54,7 +59,8 @@ class Placing:
         self.homes: dict[str, int] = {}  # explicit context -> the TE that computed it, or went on from it, last
         self.ahead: int | None = None  # sequences that a TE gets beyond those it runs at once; None: any number
         self.touched: set[TE] = set()  # may have changed since the last choice
-        self.learnt: dict[int, float] = {}  # TE -> when costs were learnt from it last; seconds of the JE's clock
+        self.paces = Paces()
+        self.paced = float("-inf")  # when the column was last written from that; seconds of the JE's clock
         self.turns = 0
 
     def follow(self, config: Config, knowledge: Knowledge) -> None:
@@ -80,7 +86,8 @@ class Placing:
             del self.tes[te.id]
             self.view.remove(te.id)
             self.tree.gone(te.id)
-            self.learnt.pop(te.id, None)
+            self.paces.forget(te.id)
+            self.homes = {context: home for context, home in self.homes.items() if home != te.id}
             self.touched.discard(te)
 
     def changed(self, te: TE) -> None:
@@ -117,7 +124,8 @@ class Placing:
     # ---- what TEs tell ----------------------------------------------------------------------------------------------
     def news(self, te: TE, news: BlockNews) -> None:
         """Which KV blocks it has got and lost."""
-        if not self.tree.hear(te.id, news):
+        # Of one that isn't known yet nobody would forget them, should it never be: it tells them again when it is.
+        if self.tes.get(te.id) is te and not self.tree.hear(te.id, news):
             say(te, Recount())
 
     def stepped(self, te: TE, before: Load, now: float) -> None:
@@ -126,11 +134,10 @@ class Placing:
         load = te.load
         if load.tiers_gone > before.tiers_gone:
             self.tree.tiers_gone()
-        if self.learner is None or len(self.tes) < 2 or te.id not in self.view.slots:
+        if self.learner is None or len(self.tes) < 2 or self.tes.get(te.id) is not te:
             return
-        if load.steps != before.steps + 1 or now - self.learnt.get(te.id, 0.0) < LEARN_EVERY:
+        if load.steps != before.steps + 1 or now - self.paces.heard.get(te.id, float("-inf")) < LEARN_EVERY:
             return
-        self.learnt[te.id] = now
         prompt = load.chunk_tokens - before.chunk_tokens
         context = (load.chunk_context - before.chunk_context) / max(prompt, 1)
         step = Step(
@@ -140,8 +147,15 @@ class Placing:
             load.decode_context - before.decode_context,
             load.step_seconds - before.step_seconds,
         )
-        times = self.learner.learn(step)
-        self.view.update(te.id, slow=slower(float(self.view.slow[self.view.slots[te.id]]), times))
+        self.paces.hear(te.id, self.learner.learn(step), now)
+
+    def pace(self, now: float) -> None:
+        """Write how slow each TE is, unless that was done a moment ago."""
+        if now - self.paced >= PACE_EVERY:
+            self.paced = now
+            slow = self.paces.slow(now)
+            for te in self.tes:
+                self.view.update(te, slow=slow.get(te, 1.0))
 
     def sample_over(self, entry: LiveTask, sample: LiveSample, reason: str, now: float) -> None:
         """A text has ended: by itself, by its limit, or because its caller has left ("cancel")."""
@@ -178,6 +192,7 @@ class Placing:
     def choose(self, entry: LiveTask, now: float, without: Iterable[int] = ()) -> Choice | None:
         """The TE, or the two, that a task goes to; None where nothing can take it. `without`: TEs that aren't to be given it."""
         self.look()
+        self.pace(now)
         left_out = [te for te in without if self.view.takes[self.view.slots[te]]]
         for te in left_out:
             self.view.update(te, takes=False)
@@ -209,7 +224,7 @@ class Placing:
 
     def answer(self, entry: LiveTask, had: int) -> Length:
         """The answer's tokens that are to come. Predicted once there is a choice to make."""
-        if entry.clues is None or (len(self.tes) < 2 and not had):
+        if entry.clues is None or len(self.tes) < 2:
             return Rest(1.0, 1.0, 1.0, 1.0)
         if entry.answer is None:
             entry.answer = self.knowledge.lengths.predict(entry.clues)
@@ -246,7 +261,7 @@ def first_costs(config: Config, te: TE) -> Costs:
     own_memory = devices.kind(devices.choose(config.device)[0]).own_memory
     weights, kv = te.memory.get("weights", 0), te.memory.get("kv", 0)
     step = max(weights / BANDWIDTH[own_memory], 1e-4)
-    return rough(
+    costs = rough(
         TOKENS_A_STEP[own_memory] / step,
         step,
         chunk=config.max_num_batched_tokens,
@@ -256,3 +271,4 @@ def first_costs(config: Config, te: TE) -> Costs:
         ssd_rate=1e9,
         weights_bytes=weights,
     )
+    return msgspec.structs.replace(costs, peer0=HANDOVER)

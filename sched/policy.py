@@ -15,6 +15,7 @@ What the paper's order can't do, `cost` does: it leaves a type of TE that is ove
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -34,11 +35,12 @@ UNDECIDED = 0.02
 # The exponent of the heat map's ratio of completion times in predicted ones. Only a half: much of what it measured, that prompts
 # hold up the decodes beside them, is predicted for the case at hand.
 HEAT = 0.5
-# What isn't predicted for each task to come: who comes while a queue lasts waits in it, and what is computed once more than it
-# need be is missing to everybody. So a second of waiting costs so many seconds more, and a second of computing prompts, for each
-# sequence that a TE has in the mean: little where little runs. Found by simulation (docs/scheduling.md): with less of it a full
-# cluster loses its prefixes, or lets queues grow where nobody decodes; twice or half of both makes little difference.
-WAIT, WORK = 0.4, 2.0
+# What isn't predicted for each task to come. A second of waiting costs so many seconds more, and a second of computing prompts,
+# for each sequence that a TE has in the mean, little where little runs: what is computed once more than it need be is missing to
+# everybody. And who comes while a queue lasts stands behind all that is in it: a queue at which a TE is busy for 3/4 of the time
+# lasts 4 times as long as what is in it now. Found by simulation (docs/scheduling.md): with less of the first two a full cluster
+# loses its prefixes, with more the pairs idle while colocated TEs fill up. Twice or half of any makes little difference.
+WAIT, WORK, QUEUE = 0.2, 2.0, 4.0
 # What a second costs by which a promise is missed, besides itself.
 MISSED = 1.0
 # Predictions that differ by less than this part of the time to the first token are equal: the TE that was given nothing for
@@ -181,7 +183,7 @@ def narrowed(outlook: Outlook, part: Way) -> tuple[int, float, str]:
         how = f"load balanced, longest prefix saves {1e3 * saved:.0f} ms" if saved else "load balanced, no prefix"
     else:
         how = "load not balanced"
-    at = load_aware(loads, outlook.view.last[slots])
+    at = load_aware(loads, outlook.view.last, slots)
     slot, load = int(slots[at]), float(loads[at])
     return slot, load, f"{how}: TE {outlook.view.te[slot]} with {1e3 * load:.0f} ms to do"
 
@@ -199,9 +201,9 @@ def locality_aware(slots: Slots, loads: Floats, saved: Floats) -> tuple[Slots, F
     return slots[best], loads[best], float(most)
 
 
-def load_aware(loads: Floats, last: Floats) -> int:
+def load_aware(loads: Floats, last: Floats, slots: Slots) -> int:
     """The paper's `load_aware`: the index of the least load."""
-    return longest_waiting(loads, 0.0, last)
+    return longest_waiting(loads, 0.0, last, slots)
 
 
 # ---- the same terms as one comparison -----------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def offer(outlook: Outlook, kind: Kind, quicker: float) -> Place:
     costs, first = outlook.cost(kind, quicker)
     if outlook.ask.ttft_slo is not None:
         costs = costs + MISSED * np.maximum(first - outlook.ask.ttft_slo, 0.0)
-    at = longest_waiting(costs, TOLERANCE * float(first.min()), last[slots])
+    at = longest_waiting(costs, TOLERANCE * least(first), last, slots)
     slot = int(slots[at])
     return Place(kind, slot, outlook.decodes(kind, slot), float(costs[at]))
 
@@ -238,9 +240,9 @@ def best_pair(outlook: Outlook, quicker: float) -> Place:
     (a, first), (b, reserved) = outlook.cost("prefill", quicker), outlook.cost("decode", quicker)
     best: Place | None = None
     for price in (0.0, MISSED):
-        near = TOLERANCE / 2 * float(first.min())
-        i = longest_waiting(a + price * first if price else a, near, view.last[prefills])
-        j = longest_waiting(b + price * reserved if price else b, near, view.last[decodes])
+        near = TOLERANCE / 2 * least(first)
+        i = longest_waiting(a + price * first if price else a, near, view.last, prefills)
+        j = longest_waiting(b + price * reserved if price else b, near, view.last, decodes)
         late = max(0.0, float(first[i] + reserved[j]) - slo) if slo is not None else 0.0
         cost = float(a[i] + b[j]) + MISSED * late
         if best is None or cost < best.cost:
@@ -251,11 +253,15 @@ def best_pair(outlook: Outlook, quicker: float) -> Place:
     return best
 
 
-def longest_waiting(values: Floats, near: float, last: Floats) -> int:
+def longest_waiting(values: Floats, near: float, last: Floats, slots: Slots) -> int:
     """The index of the least value, to within `near`: of several the TE that was given nothing for longest, then the lowest
     slot."""
-    close = (values <= values.min() + near).nonzero()[0]
-    return int(close[last[close].argmin()]) if len(close) > 1 else int(close[0])
+    close = (values <= least(values) + near).nonzero()[0]
+    return int(close[last[slots[close]].argmin()]) if len(close) > 1 else int(close[0])
+
+
+def least(values: Floats) -> float:
+    return float(values[values.argmin()])  # several times as quick as `min`
 
 
 def gain(ask: Ask, heat: Heat, kind: Kind) -> float:
@@ -280,7 +286,7 @@ class Outlook:
     """Predictions for one task on each TE: columns of seconds and tokens, by slot."""
 
     def __init__(self, ask: Ask, view: View, tree: Tree, costs: Costs):
-        tokens, answer = ask.prompt_tokens, max(ask.answer.mean, 1.0)
+        tokens = ask.prompt_tokens
         self.ask, self.view, self.costs = ask, view, costs
         self.whole = costs.prefill(float(tokens))  # seconds to compute the prompt where nothing of it is there
         self.load_seconds, self.compute, self.cached = self.had(tree)
@@ -289,14 +295,28 @@ class Outlook:
         self.wait = costs.predict_wait(view, tokens, busy, self.tpot)
         self.own = costs.predict_prefill(view, self.compute, tokens - self.cached, busy)
         self.first = self.wait + self.load_seconds + self.own  # until the first token
-        self.rest = (answer - 1.0) * self.tpot  # until the last one
-        # Those that were there before wait while the prompt is computed: those before it in the queue are decoding by then. Each
-        # of their steps is longer by one more sequence.
-        self.asked = self.first + (WAIT * costs.crowd) * self.wait + (view.sequences + WORK * costs.crowd) * self.own
-        longer = min(answer, costs.answer) * (costs.d1 + costs.d2 * tokens)
-        self.after = self.rest + view.sequences * (longer * view.slow)  # ... and behind it
+        self.rest = max(ask.answer.mean - 1.0, 0.0) * self.tpot  # until the last one
+
+    @cached_property
+    def asked(self) -> Floats:
+        """What the prompt costs all tasks. Those that were there before wait while it is computed: those before it in the queue
+        are decoding by then."""
+        waits = (WAIT * self.costs.crowd) * self.wait
+        return self.first + waits + self.held_up(self.view.sequences, self.wait) * self.own
+
+    @cached_property
+    def after(self) -> Floats:
+        """... and the rest of the answer: each step of those that are there is longer by one more sequence."""
+        ask, view, costs, answer = self.ask, self.view, self.costs, max(self.ask.answer.mean, 1.0)
+        longer = min(answer, costs.answer) * (costs.d1 + costs.d2 * ask.prompt_tokens)
+        after: Floats = self.rest + longer * view.sequences * view.slow
         if ask.tpot_slo is not None:
-            self.after = self.after + MISSED * (answer - 1.0) * np.maximum(self.tpot - ask.tpot_slo, 0.0)
+            after = after + MISSED * (answer - 1.0) * np.maximum(self.tpot - ask.tpot_slo, 0.0)
+        return after
+
+    def held_up(self, sequences: Floats, wait: Floats) -> Floats:
+        """How many other tasks each second of computing the prompt delays, where so many are and it waits so long."""
+        return sequences + WORK * self.costs.crowd + (QUEUE * self.costs.arrivals) * wait
 
     def had(self, tree: Tree) -> Reuse:
         """What of the prompt needs no computing, on each TE."""
@@ -314,6 +334,10 @@ class Outlook:
                 for column, each in zip((load, compute, cached), on, strict=True):
                     column[:] = each[-1]
                     column[slots] = each[:-1]
+            elif len(slots) > len(keys):  # there are fewer lengths that a prefix can have
+                lengths = np.arange(len(keys) + 1) * float(tree.block_size)
+                compute[slots] = self.costs.prefill(ask.prompt_tokens - lengths, lengths).take(found.blocks)
+                cached[slots] = held
             elif len(slots):
                 compute[slots], cached[slots] = self.costs.prefill(ask.prompt_tokens - held, held), held
         home, held_there = view.slots.get(ask.home, -1), float(min(ask.home_tokens, ask.prompt_tokens - 1))
@@ -330,43 +354,39 @@ class Outlook:
         """What the candidates have to do before they are through with the task, but for its prompt: what the paper calls load."""
         slots = self.view.candidates(part)
         if part in ("prefill", "prompt"):
-            return self.wait[slots]
-        decodes = self.view.lender[slots] if part == "semi" else slots
-        load = self.wait[decodes] + self.rest[decodes]
-        return load + self.wait[slots] if part == "semi" else load
+            return self.wait.take(slots)
+        decodes = self.view.lender.take(slots) if part == "semi" else slots
+        load = self.wait.take(decodes) + self.rest.take(decodes)
+        return load + self.wait.take(slots) if part == "semi" else load
 
     def saved(self, part: Way) -> Floats:
         """Seconds that the candidates save by what they have of the prompt."""
         slots = self.view.candidates(part)
         if part == "semi":
-            slots = self.view.lender[slots]
-        return self.whole - self.compute[slots] - self.load_seconds[slots]
+            slots = self.view.lender.take(slots)
+        return self.whole - self.compute.take(slots) - self.load_seconds.take(slots)
 
     def cost(self, part: Way, quicker: float) -> tuple[Floats, Floats]:
         """(what it costs all tasks together, seconds of that until the first token) with each of the candidates."""
         slots = self.view.candidates(part)
         if part == "colocated":
-            return (self.asked + self.after)[slots], self.first[slots]
+            return self.asked.take(slots) + self.after.take(slots), self.first.take(slots)
         if part == "prompt":
-            return self.asked[slots], self.first[slots]
+            return self.asked.take(slots), self.first.take(slots)
         if part == "prefill":
-            return (self.asked - quicker * self.own)[slots], self.first[slots]
+            return self.asked.take(slots) - quicker * self.own.take(slots), self.first.take(slots)
         if part == "decode":
             # All of it is brought but what is there already.
             spared = (1.0 - quicker) * self.costs.peer
             brought = (1.0 - quicker) * self.costs.transfer(float(self.ask.prompt_tokens))
-            waited = (1.0 + WAIT * self.costs.crowd) * self.wait
-            return (self.after - quicker * self.rest + waited - spared * self.cached)[slots] + brought, self.wait[slots]
+            wait = self.wait.take(slots)
+            told = self.after.take(slots) + (1.0 + WAIT * self.costs.crowd) * wait + brought
+            return told - quicker * self.rest.take(slots) - spared * self.cached.take(slots), wait
         owners = self.view.lender[slots]
-        own, first = self.lent(slots, owners)
-        crowd = self.costs.crowd
-        asked = first + WAIT * crowd * (self.wait[slots] + self.wait[owners]) + (self.view.sequences[owners] + WORK * crowd) * own
-        return asked + self.after[owners] - quicker * (own + self.rest[owners]), first
-
-    def lent(self, workers: Slots, owners: Slots) -> tuple[Floats, Floats]:
-        """(seconds to compute the prompt, until the first token) with workers of semi pairs, in their owners' pools."""
-        own = self.compute[owners] * self.view.slow[workers]
-        return own, self.wait[workers] + self.wait[owners] + self.load_seconds[owners] + own
+        own, wait = self.compute.take(owners) * self.view.slow.take(slots), self.wait.take(slots) + self.wait.take(owners)
+        first = wait + self.load_seconds.take(owners) + own
+        asked = first + (WAIT * self.costs.crowd) * wait + self.held_up(self.view.sequences.take(owners), wait) * own
+        return asked + self.after.take(owners) - quicker * (own + self.rest.take(owners)), first
 
     def choice(self, place: Place) -> Choice:
         kind, prefill, decode, _, why = place
@@ -375,8 +395,10 @@ class Outlook:
             first += float(self.wait[decode])
         elif kind == "semi":
             holder = decode
-            first = float(self.lent(np.array([prefill]), np.array([decode]))[1][0])
+            own = self.compute[decode] * self.view.slow[prefill]
+            first = float(self.wait[prefill] + self.wait[decode] + self.load_seconds[decode] + own)
         tpot, cached = float(self.tpot[decode]), int(self.cached[holder])
+        why = f"TE {te[decode]}: {why}" if prefill == decode else f"TEs {te[prefill]} and {te[decode]}: {why}"
         if cached:
             why += f"; {cached} of {self.ask.prompt_tokens} prompt tokens are there"
         return Choice(int(te[prefill]), int(te[decode]), why, kind, 1e3 * first, 1e3 * tpot, cached)
@@ -395,6 +417,6 @@ def heir(ask: Ask, view: View, tree: Tree, costs: Costs, leaving: int) -> Choice
     outlook = Outlook(ask, view, tree, costs)
     brought = costs.transfer(ask.prompt_tokens - outlook.cached[slots])
     values = outlook.after[slots] + outlook.wait[slots] + brought
-    at = longest_waiting(values, 0.0, view.last[slots])
+    at = longest_waiting(values, 0.0, view.last, slots)
     te, tpot = int(view.te[slots[at]]), 1e3 * float(outlook.tpot[slots[at]])
     return Choice(leaving, te, f"moved from TE {leaving}: least cost, {1e3 * values[at]:.0f} ms", predicted_tpot_ms=tpot)

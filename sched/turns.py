@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from engine.config import Config
 from sched.cluster import TE
-from sched.fairness import OUTPUT, Flow, Line, Room, beyond_share, takes
+from sched.fairness import AGING, OUTPUT, Flow, Line, Room, beyond_share, takes
 from sched.live import LiveTask
 from sched.tenants import Tenant
 
@@ -71,6 +71,14 @@ class Turns:
         if share is None:
             return []
         return [te.id for te in tes if not takes(self.room(te, entry, share), entry.open_samples)]
+
+    def kept_for(self, entry: LiveTask, share: float | None, tes: Iterable[TE], now: float) -> list[int]:
+        """The TE that those behind a task are not to be given, since it must make room for that one: where several keys are about,
+        and it has waited for long, because it wants more seats at once than the others ever leave free together."""
+        if share is None or entry.open_samples < 2 or now - entry.request.flow.since < AGING:
+            return []
+        decoding = [te for te in tes if te.state == "ready" and not te.draining and te.role != "prefill" and te.lender < 0]
+        return [min(decoding, key=lambda te: te.sequences).id] if decoding else []
 
     def room(self, te: TE, entry: LiveTask, share: float) -> Room:
         assert self.config.max_num_batched_tokens is not None

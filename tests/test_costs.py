@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from random import Random
 
 import msgspec
 import numpy as np
 import pytest
 
-from sched.costs import BOUND, NUMBERS, Costs, Learner, Step, fitted, reuse, rough, slower
+from sched.costs import BOUND, NUMBERS, PACE_MEMORY, Costs, Learner, Paces, Step, fitted, reuse, rough
 from sched.view import View
 
 COSTS = Costs(
@@ -68,9 +67,10 @@ def test_decodes_beside_prompts_are_held_up_by_those_that_follow():
 
     mixed, apart = tpots(COSTS)
     assert apart == pytest.approx(COSTS.step(0, 0, 11, 100))
-    assert mixed - apart == pytest.approx(10 * COSTS.prefill(COSTS.prompt) / COSTS.answer)
+    steps = np.ceil(COSTS.prompt / COSTS.chunk)  # they take the place of steps that only decode
+    assert mixed - apart == pytest.approx(10 * (COSTS.prefill(COSTS.prompt) - steps * COSTS.d0) / COSTS.answer)
     found = msgspec.structs.replace(COSTS, found=COSTS.prompt)
-    assert tpots(found)[0] - apart == pytest.approx(10 * COSTS.prefill(1.0, COSTS.prompt) / COSTS.answer)
+    assert tpots(found)[0] - apart == pytest.approx(max(0.0, 10 * (COSTS.prefill(1.0, COSTS.prompt) - COSTS.d0) / COSTS.answer))
 
 
 @pytest.mark.parametrize("fact", ["sequences", "queued_tokens", "kv_used", "slow"])
@@ -194,12 +194,30 @@ def test_a_long_row_of_equal_steps_does_not_make_the_others_doubtful():
     assert learner.costs.step(0, 0, 4, 4000) == pytest.approx(COSTS.step(0, 0, 4, 4000), rel=0.2)
 
 
-def test_a_slow_te_is_known_by_its_steps():
-    slow, learner = 1.0, Learner(COSTS)
-    for step in some_steps(COSTS, 6, 100):
-        slow = slower(slow, learner.learn(step._replace(seconds=2 * step.seconds)) if step.seconds else 1.0)
-    assert slow > 1.0
-    assert all(b >= a for a, b in pairwise([slower(1.0, t) for t in (0.5, 1.0, 2.0)]))
+def test_a_slow_te_is_known_by_its_steps_until_it_has_none():
+    paces, now = Paces(), 0.0
+    assert paces.slow(now) == {}
+    for _ in range(100):
+        now += 0.5
+        for te, times in ((0, 4.0), (1, 2.0), (2, 2.0)):
+            paces.hear(te, times, now)
+    found = paces.slow(now)
+    assert found[0] == pytest.approx(2 * found[1], rel=0.01) and sum(found.values()) == pytest.approx(3.0)
+    for _ in range(100):
+        now += 0.5
+        paces.hear(1, 4.0, now)
+        paces.hear(2, 2.0, now)
+    assert paces.slow(now).keys() == {1, 2}, "one without work has shown nothing for long"
+    paces.forget(1)
+    assert paces.slow(now) == {2: 1.0} and paces.slow(now + PACE_MEMORY + 1) == {}
+
+
+def test_tes_that_are_all_slow_alike_are_not_slow():
+    paces = Paces()
+    for n in range(50):
+        for te in range(4):
+            paces.hear(te, 3.0, float(n))
+    assert paces.slow(50.0) == pytest.approx(dict.fromkeys(range(4), 1.0))
 
 
 def test_typical_lengths_follow_requests():

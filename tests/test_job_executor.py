@@ -384,3 +384,23 @@ def test_who_waits_for_a_model_hears_how_it_comes_up_and_who_comes_later_too():
     s.je.progress("weights 10 %")  # of a second TE: nobody waits for it
     placed, _ = s.submit("placed")
     assert later.stream.unheard == "weights 40 %" and placed.stream.unheard == ""
+
+
+@run
+def test_one_long_request_does_not_keep_all_that_came_after_it():
+    s = Scene(max_num_queued_reqs=10**6)
+    long, _ = s.submit("long")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sched.job_executor.KEPT_REQUESTS", 8)
+        for i in range(60):
+            live, _ = s.submit(f"r{i}")
+            if i % 3:
+                s.je.leave(live)
+            assert len(s.je.requests) <= max(8, 2 * len(s.je.live) + 1)
+        for entry in list(s.je.live.values()):
+            assert s.je.find("t-" + entry.request.record.id) is entry.request.record
+            if entry.request is not long:
+                s.je.leave(entry.request)
+        for i in range(60):
+            s.je.leave(s.submit(f"s{i}")[0])
+    assert len(s.je.requests) == len(s.je.by_trace) == 8 and s.je.find("long") is long.record

@@ -21,7 +21,8 @@ MAY_IMPORT = {
 LEAVES = {"engine/types.py": set(), "engine/config.py": {"engine.types"}}
 TORCH_ROOMS = {"engine/devices"}
 HTTP_ROOMS = {"sched/gateway"}
-PURE = ("sched/job.py", "sched/policy.py", "sched/admission.py", "sched/fairness.py", "sched/text.py")
+DECISIONS = ("admission", "baselines", "costs", "fairness", "heatmap", "job", "policy", "predict", "prompt_tree", "text", "view")
+PURE = (*(f"sched/{name}.py" for name in DECISIONS), "scale/autoscale.py", "scale/fork.py")
 
 
 def sources() -> list[Path]:

@@ -18,6 +18,7 @@ from engine.types import FromWorker, Link, SamplingParams, ToWorker, Unlink
 from sched.cluster import takes_tasks
 from sched.live import LiveRequest
 from sched.stream import Delta
+from tests import books
 from tests.fake_device import VOCAB, Engine, SlowOutbound, text_of
 from tests.test_job_executor import PlayedTE, Scene
 
@@ -229,6 +230,7 @@ class Simulation(Scene):
             if self.coming[number] <= 0 and not lent_by_the_dead:
                 del self.coming[number]
                 self.bring(number)
+        books.check(self.je)
 
     def make_trouble(self) -> None:
         rng, trouble = self.rng, self.trouble

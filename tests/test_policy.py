@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sched.costs import Costs
-from sched.policy import HEAT, MISSED, TOLERANCE, WAIT, WORK, Ask, Choice, Order, choose, heir
+from sched.policy import HEAT, MISSED, QUEUE, TOLERANCE, WAIT, WORK, Ask, Choice, Order, choose, heir
 from sched.view import ROLES, View
 
 BLOCK = 16
@@ -157,7 +157,8 @@ class Oracle:
 
     def tpot(self, s: int) -> float:
         c = self.costs
-        stall = self.prefill(c.prompt - c.found, c.found) / c.answer if self.view.role[s] in (0, 3) else 0.0
+        longer = self.prefill(c.prompt - c.found, c.found) - c.d0 * ceil((c.prompt - c.found) / c.chunk)
+        stall = max(longer, 0.0) / c.answer if self.view.role[s] in (0, 3) else 0.0
         return self.view.slow[s] * (c.d0 + c.d1 + c.d2 * self.ask.prompt_tokens + self.busy(s) + stall * self.view.sequences[s])
 
     def wait(self, s: int) -> float:
@@ -179,7 +180,9 @@ class Oracle:
         answer = max(ask.answer.mean, 1.0)
         rest = (answer - 1) * self.tpot(d) if kind != "prompt" else 0.0
         cost = first + rest + WAIT * c.crowd * (first - own - load)
-        cost += (v.sequences[holder] + WORK * c.crowd) * own
+        turn = c.answer * c.step(0, 0, c.crowd + 1, (c.crowd + 1) * (c.prompt + c.answer / 2))
+        queue = self.wait(p) + (self.wait(d) if kind == "semi" else 0.0)
+        cost += (v.sequences[holder] + WORK * c.crowd + QUEUE * queue * c.crowd / turn) * own
         if kind != "prompt":
             cost += v.sequences[d] * v.slow[d] * min(answer, c.answer) * (c.d1 + c.d2 * ask.prompt_tokens)
             if ask.tpot_slo is not None:

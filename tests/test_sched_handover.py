@@ -359,3 +359,27 @@ def test_a_te_dies_before_its_decode_has_room_elsewhere():
     second.sent.clear()
     s.hear(1, Reserved(s.seq, pack_ids([7]), 0))  # said before it heard
     assert not second.sent and not s.je.passages.table
+
+
+@run
+def test_a_decode_that_has_just_come_moves_on_while_the_te_that_it_came_from_is_gone():
+    s = Movers()
+    first, second = s.tes
+    s.hear(1, Reserved(s.seq, pack_ids([7]), 0))
+    s.hear(0, HandedOver(s.seq, 4))
+    third = PlayedTE(2)
+    s.tes.append(third)
+    s.up(third)
+    first.state = "dead"
+    s.je.lost(first, "killed")  # type: ignore[arg-type]
+    second.role = "prefill"
+    assert s.je.move_away(second) == (1, 0)  # type: ignore[arg-type]
+    s.hear(2, Reserved(s.seq, pack_ids([8]), 0))
+    assert isinstance(second.sent[-1], Move)
+    s.hear(1, Adopted(s.seq))  # of the first move, which it hasn't told before
+    assert isinstance(second.sent[-1], Move), "it must keep what it is to hand over"
+    s.hear(1, HandedOver(s.seq, 4))
+    s.hear(2, Adopted(s.seq))
+    assert isinstance(third.sent[-1], Adopt) and second.sent[-1] == Release(s.seq)
+    s.speak(third, [(s.seq, 70, Finish.LENGTH)])
+    assert not s.je.live and not s.je.passages.table and second.sequences == third.sequences == 0
