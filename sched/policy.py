@@ -148,7 +148,8 @@ def dist_sched(outlook: Outlook, heat: Heat, kinds: list[Kind]) -> Place:
     """The paper's `dist_sched`. It doesn't say how the halves of a pair are picked: here, each like a TE."""
     kinds, why = pd_aware(outlook.ask, heat, kinds)
     places = [narrow(outlook, kind) for kind in kinds]
-    place = min(places, key=lambda p: p.cost)
+    # Between types the paper has the heat map. Where that is undecided, what one has of the prompt counts too.
+    place = min(places, key=lambda p: p.cost + outlook.until_there(p)) if len(places) > 1 else places[0]
     return place._replace(why=f"{why}; {place.why}")
 
 
@@ -358,6 +359,12 @@ class Outlook:
         decodes = self.view.lender.take(slots) if part == "semi" else slots
         load = self.wait.take(decodes) + self.rest.take(decodes)
         return load + self.wait.take(slots) if part == "semi" else load
+
+    def until_there(self, place: Place) -> float:
+        """Seconds from the prompt's turn until its KV is where it is decoded."""
+        holder = place.decode if place.kind == "semi" else place.prefill
+        brought = self.costs.transfer(self.ask.prompt_tokens - float(self.cached[place.decode])) if place.kind == "pair" else 0.0
+        return float(self.load_seconds[holder] + self.compute[holder]) + brought
 
     def saved(self, part: Way) -> Floats:
         """Seconds that the candidates save by what they have of the prompt."""

@@ -73,7 +73,7 @@ class Turns:
         return [te.id for te in tes if not takes(self.room(te, entry, share), entry.open_samples)]
 
     def kept_for(self, entry: LiveTask, share: float | None, tes: Iterable[TE], now: float) -> list[int]:
-        """The TE that those behind a task are not to be given, since it must make room for that one: where several keys are about,
+        """The TE that those behind a task are not to be given, since it makes room for that one: where several keys are about
         and it has waited for long, because it wants more seats at once than the others ever leave free together."""
         if share is None or entry.open_samples < 2 or now - entry.request.flow.since < AGING:
             return []

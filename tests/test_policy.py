@@ -392,6 +392,15 @@ def test_a_prefix_in_a_slower_tier_counts_less_by_its_load():
     assert pick(view, order="paper", tree=FakeTree({}, tiers=(0, 60))).cached_tokens == 0, "slower than computing"
 
 
+def test_where_the_map_is_undecided_a_prefix_of_either_type_counts():
+    view = both_types()
+    for te, kind in ((0, "colocated"), (2, "pair")):
+        view.update(te, queued_tokens=50.0)
+        choice = pick(view, order="paper", tree=FakeTree({te: 60}), heat=FakeHeat(0.0))
+        assert choice.kind == kind and choice.prefill == te and choice.cached_tokens == 960
+        view.update(te, queued_tokens=0.0)
+
+
 # ---- what the paper's order can't do ------------------------------------------------------------------------------------
 
 
