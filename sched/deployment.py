@@ -259,6 +259,7 @@ class Deployment:
                 self.je.placing.ahead = max(1, self.config.max_num_seqs // AHEAD)
         else:
             self.je.give_up(f"{self.id}: its files were replaced; ask again")
+            await self.je.placing.knowledge.close(self.id)
             self.je.follow(self.config, knowledge)
         self.resized()
 

@@ -39,6 +39,7 @@ from engine.types import (
 from scale.autoscale import Signals
 from sched.admission import Refusal, Targets, out_of_reach, queue_is_full, retry_after
 from sched.cluster import TE
+from sched.fairness import free
 from sched.handover import Passage, Passages, say
 from sched.job import Job, Request, Task, born
 from sched.knowledge import Knowledge
@@ -134,6 +135,8 @@ class JobExecutor:
         self.outstanding += count
         self.held.came(flow, count)
         self.used()
+        if self.held.company(flow, self.clock()):
+            self.take_back()
         for index, prompt in enumerate(submission.prompts):
             self.start_job(live, index, prompt)
         live.stream.usage.prompt_tokens = record.prompt_tokens = sum(map(len, submission.prompts))
@@ -143,17 +146,18 @@ class JobExecutor:
         return live
 
     def too_late(self, submission: Submission) -> Refusal | None:
-        """The refusal of a request whose targets or deadline can't be met, going by how requests fared lately and by those that
-        wait now."""
-        config, now = self.config, self.clock()
+        """The refusal of a request whose targets or deadline can't be met, going by how its key's requests fared lately and by
+        those that wait now."""
+        config, now, flow = self.config, self.clock(), self.held.flow(submission.tenant)
         targets = Targets(
             submission.slo_ttft_ms or config.slo_ttft_ms,
             submission.slo_tpot_ms or config.slo_tpot_ms,
             1e3 * (submission.deadline - now) if submission.deadline else None,
         )
-        rate, waiting = self.rate(), max(0, self.outstanding - self.seats * config.max_num_seqs)
-        wait = max(waiting / rate if rate else 0.0, *(now - entry.request.arrived for entry in self.held), 0.0)
-        return out_of_reach(targets, 1e3 * (wait + self.slo.usual_ttft), 1e3 * self.slo.usual_tpot, self.outstanding, rate)
+        rate, waiting = self.rate(), self.held.waiting(flow, self.seats * config.max_num_seqs, self.outstanding, now)
+        oldest = max((now - entry.request.arrived for entry in self.held if entry.request.flow is flow), default=0.0)
+        wait = max(waiting / rate if rate else 0.0, oldest) + self.slo.usual_ttft.get(flow.tenant.name, 0.0)
+        return out_of_reach(targets, 1e3 * wait, 1e3 * self.slo.usual_tpot, self.outstanding, rate)
 
     def start_job(self, live: LiveRequest, index: int, prompt: array[int]) -> None:
         """One serving job with one unified task for one prompt."""
@@ -486,6 +490,15 @@ class JobExecutor:
             given += count
             self.start_again(entry, heard=True)
 
+    def take_back(self) -> None:
+        """A second key has come. What the first one has given TEs beyond what they run waits here, the newest first, where it
+        hasn't begun: who has just come would else be behind all of it."""
+        seats = self.config.max_num_seqs
+        for entry in sorted(self.live.values(), key=lambda entry: entry.wire, reverse=True):
+            te, begun = entry.te, any(sample.ids for sample in entry.samples)
+            if te is not None and not begun and te.sequences - entry.open_samples >= seats - free(seats):
+                self.start_again(entry, heard=True)
+
     def lost(self, te: TE, why: str) -> None:
         """Replay every task of a dead TE from its prompt plus what was sent, oldest first, before whatever else is held."""
         self.placing.remove(te)
@@ -639,7 +652,7 @@ class JobExecutor:
         if not entry.request.record.first_token:
             entry.request.record.first_token = time.time()
             self.metrics.first_token.observe(now - entry.request.arrived)
-            self.slo.first_token(now - entry.request.arrived)
+            self.slo.first_token(now - entry.request.arrived, entry.request.flow.tenant.name)
             if entry.te is not None:
                 self.pairs.first_token(entry.te, now - entry.request.arrived)
 

@@ -250,7 +250,9 @@ class Placing:
         if choice is None:
             return None
         slot, tokens = self.view.slots[choice.decode], entry.prompt_tokens + len(entry.samples[0].ids)
-        self.view.update(choice.decode, sequences=self.view.sequences[slot] + 1.0, kv_used=self.view.kv_used[slot] + tokens)
+        sequences = self.view.sequences[slot] + 1.0
+        full = self.ahead is not None and sequences >= self.config.max_num_seqs + self.ahead
+        self.view.update(choice.decode, sequences=sequences, kv_used=self.view.kv_used[slot] + tokens, takes=not full)
         return self.tes[choice.decode]
 
 

@@ -147,9 +147,12 @@ def read(path: Path) -> Profile | None:
     """None where there is none, or one of another version; what is no profile is logged and left alone."""
     try:
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+        HeatMap(profile.heat)
+        if not profile.costs:
+            raise ValueError("there are no costs in it")
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as e:
+    except (OSError, msgspec.MsgspecError, ValueError, IndexError) as e:
         log.warning("event=profile_unreadable path=%s why=%s", path, e)
         return None
     return profile if profile.version == VERSION else None

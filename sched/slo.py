@@ -26,11 +26,12 @@ class Slo:
         self.ttft = None if config.slo_ttft_ms is None else config.slo_ttft_ms / 1e3
         self.tpot = None if config.slo_tpot_ms is None else config.slo_tpot_ms / 1e3
         self.seen = Seen()
-        self.usual_ttft = 0.0  # seconds, lately
+        self.usual_ttft: dict[str, float] = {}  # key -> seconds, lately
         self.usual_tpot = 0.0
 
-    def first_token(self, seconds: float) -> None:
-        self.usual_ttft += LATELY * (seconds - self.usual_ttft) if self.usual_ttft else seconds
+    def first_token(self, seconds: float, key: str) -> None:
+        usual = self.usual_ttft.get(key, seconds)
+        self.usual_ttft[key] = usual + LATELY * (seconds - usual)
         self.seen.ttft_total += 1
         self.seen.ttft_misses += self.ttft is not None and seconds > self.ttft
 

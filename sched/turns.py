@@ -60,6 +60,18 @@ class Turns:
             return True
         return self.line.over_share(flow, self.outstanding[flow.tenant.name], new, most, now)
 
+    def waiting(self, flow: Flow[LiveTask], seats: int, outstanding: int, now: float) -> float:
+        """Sequences before a new one of a key, of the `outstanding` ones of all keys: those beyond the seats, or beyond its share
+        of them where others are about."""
+        if not self.line.others(flow, now):
+            return max(0.0, outstanding - seats)
+        return max(0.0, self.outstanding[flow.tenant.name] - seats * self.line.share(flow, now))
+
+    def company(self, flow: Flow[LiveTask], now: float) -> bool:
+        """Whether a key that sends a task now ends another one's being alone."""
+        latest = self.line.latest
+        return bool(latest) and latest[0] is not flow and self.line.others(flow, now) and not self.line.others(latest[0], now)
+
     # ---- who may go where -------------------------------------------------------------------------------------------
     def share(self, entry: LiveTask, now: float) -> float | None:
         """The part of a TE that a task's key may have; None while no other key is about."""

@@ -128,6 +128,22 @@ def test_a_profile_that_cant_be_read_is_told_and_left_alone(model, caplog, data)
     assert "event=profile_unreadable" in caplog.text and path.read_bytes() == data
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p["costs"].clear(),
+        lambda p: p["heat"]["prefill"].clear(),
+        lambda p: p["heat"]["measured"].append(["semi", 10**6, 0.1, 0.1]),
+    ],
+)
+def test_a_profile_that_makes_no_sense_is_told_and_left_alone(model, caplog, change):
+    path = profiled(model)
+    profile = msgspec.json.decode(path.read_bytes())
+    change(profile)
+    path.write_bytes(msgspec.json.encode(profile))
+    assert Knowledge.load(model, CONFIG, BOX).found is None and "event=profile_unreadable" in caplog.text
+
+
 @pytest.mark.parametrize("data", [b"", b"no history", msgspec.msgpack.encode({"format": 99, "model": "m", "samples": []})])
 @pytest.mark.parametrize("file", [length_store.history_path, length_store.classifier_path])
 def test_lengths_that_cant_be_read_are_told_and_done_without(model, caplog, file, data):

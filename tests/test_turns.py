@@ -367,3 +367,47 @@ def test_a_request_of_several_texts_is_made_room_for_in_time(n, tes):
         books.check(s.je)
 
     run(body)()
+
+
+# ---- who comes after a flood --------------------------------------------------------------------------------------------
+
+
+@run
+def test_what_a_key_that_was_alone_has_sent_ahead_waits_for_its_turn_again():
+    s = Market(tes=2)
+    flood = s.asks(BOB, 60)
+    assert all(not s.waits(live) for live in flood)
+    for live in flood[:4]:
+        s.speak(live)
+    alice = s.ask(ALICE)
+    books.check(s.je)
+    assert not s.waits(alice), "there is a seat"
+    assert all(sum(s.has(te).values()) <= s.seats for te in s.tes)
+    assert all(not s.waits(live) for live in flood[:4]), "what has begun goes on"
+    taken_back = [live for live in flood if s.waits(live)]
+    assert len(taken_back) == 60 - 2 * (s.seats - free(s.seats)) and not set(flood[:8]) & set(taken_back), "the newest"
+    for live in flood[:4]:
+        s.end(live)
+    assert not s.waits(taken_back[0]), "the oldest of them is next"
+
+
+@run
+def test_a_floods_waiting_is_no_reason_to_refuse_another_key():
+    s = Market()
+    flood = s.asks(BOB, 40)
+    s.ask(ALICE)
+    s.now += 100.0
+    for live in flood[:3]:
+        s.end(live)
+    late = {"slo_ttft_ms": 500.0, "reject_late": True}
+
+    def ask(tenant: Tenant) -> LiveRequest:
+        prompts = [array("i", [65, 66])]
+        s.count += 1
+        return s.je.admit(
+            Submission(id=f"r{s.count}", model="m", prompts=prompts, params=SamplingParams(), tenant=tenant, **late)
+        )
+
+    ask(ALICE).stream.sink = lambda deltas: None
+    with pytest.raises(Overloaded, match="wanted within 500 ms"):
+        ask(BOB)
