@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -43,6 +44,7 @@ REACH = (2.0, 2.0)  # bins, of prefill and ratio
 REACH_LOAD = 0.6
 # What two measurements of a point differ by, besides what their own requests' spread tells: 5 % of a JCT.
 NOISE = 0.05
+PLACES = 4096  # pairs of lengths whose cell is remembered
 # Live traffic: requests of both kinds that a point needs before they are compared, and how many are remembered.
 FEW, REMEMBERED = 5, 200
 # ... what the comparison may be wrong by, since the kinds never get quite the same requests at quite the same load.
@@ -121,6 +123,7 @@ class HeatMap:
         self.live = {(one.kind, one.point): one for one in self.data.live}
         self.prior = self.covariance()
         self.within = self.prior[: self.loads, : self.loads]  # of one cell's points: the same for every cell
+        self.place = lru_cache(PLACES)(self._place)  # a choice asks for the same ones again for each kind
         self.unseen = 0  # observations that the tables don't tell of
         self.tables: dict[Kind, list[Value]] = {}
         self.refit()
@@ -131,25 +134,29 @@ class HeatMap:
         table = self.tables.get(kind)
         if table is None or prefill < 1:
             return NOTHING
-        row, above = nearest(prefill / self.data.prefill[0], self.rows)
-        column, beside = nearest(max(decode, 1) / prefill / self.data.ratio[0], self.columns)
-        found = table[row * self.columns + column]
-        if not above and not beside:
+        cell, off = self.place(prefill, max(decode, 1))
+        found = table[cell]
+        if not off:
             return found
-        decay = 0.5 ** (above + beside)
+        decay = 0.5**off
         return Value(found.value * decay, found.confidence * decay)
+
+    def _place(self, prefill: int, decode: int) -> tuple[int, float]:
+        """The cell of such a request, and how many bins off the map the request is."""
+        row, above = nearest(prefill / self.data.prefill[0], self.rows)
+        column, beside = nearest(decode / prefill / self.data.ratio[0], self.columns)
+        return row * self.columns + column, above + beside
 
     def observe(self, kind: Kind, prefill: int, decode: int, jct: float, alone: float, load: float) -> None:
         """A live request of `kind` took `jct` seconds, and would have taken `alone` on an idle colocated TE, as the costs have it
         and without what was cached. `load`: of the machine when it came, 0 to 1."""
         if prefill < 1 or min(jct, alone) <= 0:
             return
-        row, above = nearest(prefill / self.data.prefill[0], self.rows)
-        column, beside = nearest(max(decode, 1) / prefill / self.data.ratio[0], self.columns)
-        if above + beside > 1:
+        cell, off = self.place(prefill, max(decode, 1))
+        if off > 1:
             return
         at = min(range(self.loads), key=lambda i: abs(self.data.loads[i] - load))
-        point = (row * self.columns + column) * self.loads + at
+        point = cell * self.loads + at
         one = self.live.get((kind, point))
         if one is None:
             one = self.live[kind, point] = Live(kind, point)
