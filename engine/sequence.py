@@ -120,15 +120,16 @@ def counts_ids(params: SamplingParams) -> bool:
 
 
 def share(prefills: Iterable[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-    """Split a token budget over prefills, given by order. The shortest go first, so that the median prompt waits least; the
-    first in order is sure of a quarter, so that a long one moves on too."""
+    """Split a token budget over prefills. Of equal priority the shortest go first, so that the median prompt waits least; the one
+    that came first is sure of a quarter, so that a long one, or one of low priority, moves on too."""
     want = [(s, min(s.target - s.done, SCORED_CHUNK) if s.scores is not None else s.target - s.done) for s in prefills]
     if not want:
         return []
     out = [0] * len(want)
-    out[0] = min(want[0][1], -(-budget // 4))
-    budget -= out[0]
-    for i in sorted(range(len(want)), key=lambda i: want[i][1]):
+    first = min(range(len(want)), key=lambda i: want[i][0].order[1])
+    out[first] = min(want[first][1], -(-budget // 4))
+    budget -= out[first]
+    for i in sorted(range(len(want)), key=lambda i: (want[i][0].order[0], want[i][1])):
         more = min(want[i][1] - out[i], budget)
         out[i] += more
         budget -= more

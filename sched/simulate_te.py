@@ -347,7 +347,8 @@ class TE:
         self.fresh.clear()
         self.chunks = [(job, 1) for job in last]
         if others:
-            counts = share([job.left for job in others], max(0, budget - len(last)))
+            asked = [(job.priority, job.orders[self.number], job.left) for job in others]
+            counts = share(asked, max(0, budget - len(last)))
             self.chunks += [(job, tokens) for job, tokens in zip(others, counts, strict=True) if tokens]
         return self.chunks
 
@@ -455,15 +456,16 @@ class TE:
             self.preemptions += 1
 
 
-def share(left: list[int], budget: int) -> list[int]:
-    """A token budget split over prompts, given by order: the rule of engine/sequence.py."""
-    if len(left) == 1:
-        return [min(left[0], budget)]
-    out = [0] * len(left)
-    out[0] = min(left[0], -(-budget // 4))
-    budget -= out[0]
-    for i in sorted(range(len(left)), key=left.__getitem__):
-        more = min(left[i] - out[i], budget)
+def share(jobs: list[tuple[int, int, int]], budget: int) -> list[int]:
+    """A token budget split over prompts, given as (priority, when it came, tokens left): the rule of engine/sequence.py."""
+    if len(jobs) == 1:
+        return [min(jobs[0][2], budget)]
+    out = [0] * len(jobs)
+    first = min(range(len(jobs)), key=lambda i: jobs[i][1])
+    out[first] = min(jobs[first][2], -(-budget // 4))
+    budget -= out[first]
+    for i in sorted(range(len(jobs)), key=lambda i: (jobs[i][0], jobs[i][2])):
+        more = min(jobs[i][2] - out[i], budget)
         out[i] += more
         budget -= more
         if not budget:

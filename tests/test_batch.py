@@ -71,8 +71,8 @@ def test_a_long_prompt_starves_nobody():
 
 def test_share_spends_the_budget_on_the_shortest_and_moves_the_first_on():
     class Fake:
-        def __init__(self, want):
-            self.target, self.done, self.scores = want, 0, None
+        def __init__(self, want, order):
+            self.target, self.done, self.scores, self.order = want, 0, None, order
 
     for budget, wants, given_out in (
         (12, [100, 3, 100, 2], [7, 3, 0, 2]),  # a quarter, and what the short ones leave: it is the first of its length
@@ -82,10 +82,13 @@ def test_share_spends_the_budget_on_the_shortest_and_moves_the_first_on():
         (1, [9, 1], [1, 0]),
         (4, [], []),
     ):
-        sequences = [Fake(w) for w in wants]
+        sequences = [Fake(w, (0, i)) for i, w in enumerate(wants)]
         found = share(sequences, budget)
         assert [{id(s): n for s, n in found}.get(id(s), 0) for s in sequences] == given_out
         assert sum(n for _, n in found) == min(budget, sum(wants))
+    high, low, first = Fake(9, (0, 2)), Fake(2, (1, 3)), Fake(100, (1, 1))
+    found = {id(s): n for s, n in share([high, first, low], 12)}
+    assert [found.get(id(s)) for s in (high, low, first)] == [9, None, 3], "priority before length, but the first moves on"
 
 
 @BOTH

@@ -270,16 +270,18 @@ def test_workers_of_a_semi_pair_slow_each_other_down_only_while_both_compute():
     assert alone < beside < alone + 2 * COSTS.prefill(200.0) + 0.3
 
 
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=12), st.integers(1, 700))
-def test_share_is_the_engines(left, budget):
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 2)), min_size=1, max_size=12), st.integers(1, 700), st.randoms())
+def test_share_is_the_engines(wants, budget, rng):
     class Fake:
-        def __init__(self, want):
-            self.target, self.done, self.scores = want, 0, None
+        def __init__(self, want, order):
+            self.target, self.done, self.scores, self.order = want, 0, None, order
 
-    fakes = [Fake(want) for want in left]
+    came = rng.sample(range(100), len(wants))
+    jobs = sorted((priority, order, left) for (left, priority), order in zip(wants, came, strict=True))
+    fakes = [Fake(left, (priority, order)) for priority, order, left in jobs]
     given_out = dict(zip(map(id, fakes), [0] * len(fakes), strict=True))
     given_out |= {id(fake): count for fake, count in engine_share(fakes, budget)}
-    assert share(left, budget) == list(given_out.values())
+    assert share(jobs, budget) == list(given_out.values())
 
 
 @given(st.floats(1e-4, 1.0), st.floats(0, 1e-2), st.integers(1, 10_000))
