@@ -8,29 +8,27 @@ A step of a TE takes
 
 so that what prompts and decodes cost each other on one TE follows: a prompt holds every decode up for its whole time, and each of
 its chunks takes longer by the decodes of that step. The numbers come from a profile (`fitted`), or from a few measurements at the
-start (`rough`), and follow what is seen (`Learner`). Seconds and tokens everywhere. Where a parameter is a `Number`, floats give
-a float and columns a column.
+start (`rough`), and follow what is seen (`Learner`). Seconds and tokens everywhere. What a new task would take on each TE is told
+from them in engine/native/outlook.c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil, inf
-from typing import Final, NamedTuple, TypeVar
+from math import ceil
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 
-from sched.view import Floats, View
-
-Number = TypeVar("Number", float, Floats)
+from sched.view import Floats
 
 # Until something is known of a model's requests: the mean lengths of chats.
 PROMPT, ANSWER = 512.0, 256.0
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """Costs of one model on TEs of one kind. No number is negative."""
+    """Costs of one model on TEs of one kind. No number is negative. engine/native/outlook.c has them in the same order."""
 
     p0: float = 0.0  # a step that computes prompts
     p1: float  # ... a token of it
@@ -51,9 +49,9 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     crowd: float = 0.0  # sequences a TE, in the mean of late
 
     # ---- an idle TE -------------------------------------------------------------------------------------------------
-    def prefill(self, new: Number, context: Number | float = 0.0) -> Number:
+    def prefill(self, new: float, context: float = 0.0) -> float:
         """Seconds to compute `new` prompt tokens (1 or more) after `context` others, in as few equal chunks as there can be."""
-        chunks = np.ceil(new / self.chunk) if isinstance(new, np.ndarray) else float(ceil(new / self.chunk))  # 10 times quicker
+        chunks = ceil(new / self.chunk)
         each = new / chunks
         return chunks * self.p0 + new * (self.p1 + (self.p2 - 0.5 * self.p3) * each + self.p3 * (context + 0.5 * new))
 
@@ -62,67 +60,9 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         begin = self.p0 + (self.p1 + self.p2 * prompt + self.p3 * context) * prompt if prompt else self.d0
         return begin + self.d1 * sequences + self.d2 * kv
 
-    def transfer(self, tokens: Number) -> Number:
+    def transfer(self, tokens: float) -> float:
         """Seconds until KV of so many tokens is with another TE, once it is computed."""
         return self.peer0 + self.peer * tokens
-
-    @property
-    def arrivals(self) -> float:
-        """Sequences that come to a TE in a second, in the mean: each of `crowd` stays for as many steps as an answer is long."""
-        sequences = self.crowd + 1.0
-        return self.crowd / (self.answer * self.step(0.0, 0.0, sequences, sequences * (self.prompt + self.answer / 2)))
-
-    # ---- a new task on each TE of a view ----------------------------------------------------------------------------
-    def predict_busy(self, view: View) -> Floats:
-        """Seconds that the sequences of each TE add to a step, as an idle machine would have it."""
-        return self.d1 * view.sequences + self.d2 * view.kv_used
-
-    def predict_tpot(self, view: View, tokens: float, busy: Floats) -> Floats:
-        """Seconds a token of an answer, with one more sequence of so many tokens there. Where a TE computes prompts too, each of
-        its sequences is followed by another one once an answer is over, whose prompt makes steps of all of them that longer."""
-        new = max(self.prompt - self.found, 1.0)
-        instead = self.d0 * ceil(new / self.chunk)  # what those steps would have begun with
-        stall = max(self.prefill(new, self.found) - instead, 0.0) / self.answer
-        return (busy + stall * view.mixes * view.sequences + (self.d0 + self.d1 + self.d2 * tokens)) * view.slow
-
-    def predict_wait(self, view: View, tokens: float, busy: Floats, tpot: Floats) -> Floats:
-        """Seconds until each TE comes to a new prompt of so many tokens: those given to it before are computed first, in steps
-        that its decodes make longer; and where seats or KV are short, so many of its sequences must end. All that run now will
-        have ended after as many steps as an answer is long."""
-        ahead = view.queued_tokens * (busy / self.chunk + self.prefill(self.prompt) / self.prompt) * view.slow
-        room, seats = view.kv_total - view.kv_used - view.queued_tokens, view.seats - view.sequences
-        if room.min(initial=inf) >= tokens and seats.min(initial=inf) >= 1.0:
-            return ahead
-        full = np.maximum((view.kv_used + view.queued_tokens + tokens) / view.kv_total, (view.sequences + 1.0) / view.seats)
-        return ahead + (np.maximum(full, 1.0) - 1.0) * (tpot * self.answer)
-
-    def predict_prefill(self, view: View, seconds: Number, new: Number, busy: Floats) -> Floats:
-        """Seconds for a prompt whose `new` tokens an idle TE computes in `seconds`, from its turn on, beside what decodes there.
-        With `predict_wait` and what is loaded (`reuse`), the time to the first token."""
-        return (seconds + busy * (new / self.chunk)) * view.slow
-
-
-class Reuse(NamedTuple):
-    """How the beginning of a prompt is best had on TEs: columns."""
-
-    load: Floats  # seconds, from slower tiers
-    compute: Floats  # seconds, of what remains
-    tokens: Floats  # that need no computing
-
-
-def reuse(costs: Costs, tokens: int, device: Floats, dram: Floats, ssd: Floats) -> Reuse:
-    """For a prompt of `tokens` of which TEs have the first `device` ones, behind which the tiers have `dram` and `ssd` more: load
-    or recompute, whichever is quicker (the paper's rule, 2.2)."""
-    reused, load, compute = device, np.zeros(len(device)), costs.prefill(tokens - device, device)
-    reach, loading = device, load + costs.tier0
-    for more, second in ((dram, costs.dram), (ssd, costs.ssd)):
-        if not more.any():
-            continue
-        reach, loading = reach + more, loading + more * second
-        computing = costs.prefill(tokens - reach, reach)
-        better = loading + computing < load + compute
-        load, compute, reused = np.where(better, (loading, computing, reach), (load, compute, reused))
-    return Reuse(load, compute, reused)
 
 
 # ---- where the numbers come from ----------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A task is an `Ask`; what is known of the TEs is a `View` (columns), a prompt tree, a heat map and the costs of steps. `choose`
 gives a `Choice` with its reason, or None where nothing can take the task now. The server and the simulator call the same
-function.
+function. Here is what is compared, and in which order; what a task would take on one TE is told in engine/native/outlook.c, since
+a thousand of them are looked at within some microseconds.
 
     paper    the paper's order (ATC'25, Algorithm 1): the heat map picks the type of TE; among those, where the load is balanced,
              the longest reusable prefix picks the TE, else the least load does
@@ -15,14 +16,16 @@ What the paper's order can't do, `cost` does: it leaves a type of TE that is ove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p
+from math import inf
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
-from sched.costs import Costs, Reuse, reuse
-from sched.view import Floats, Slots, View, Way
+from engine import native
+from sched.costs import Costs
+from sched.view import Slots, View, Way, memory
 
 Order = Literal["paper", "cost"]
 # "colocated": one TE. "pair": a prefill TE and a decode TE. "semi": two workers of one device, in one KV pool. "prompt": one TE
@@ -64,7 +67,7 @@ class Length(Protocol):
 
 
 class Match(Protocol):
-    """What there is of a prompt: sched.prompt_tree's."""
+    """What there is of a prompt: sched.prompt_tree's. Integers of 64 bits, side by side."""
 
     @property
     def tes(self) -> Slots: ...
@@ -178,33 +181,32 @@ def narrow(outlook: Outlook, kind: Kind) -> Place:
 
 def narrowed(outlook: Outlook, part: Way) -> tuple[int, float, str]:
     """(slot, load, why) of the TE for a part of the task."""
-    slots, loads = outlook.view.candidates(part), outlook.load(part)
+    loads = outlook.loads(part)
     if is_load_balanced(loads, outlook.whole):
-        slots, loads, saved = locality_aware(slots, loads, outlook.saved(part))
+        slot, load = locality_aware(outlook, part, loads)
+        saved = loads.saved
         how = f"load balanced, longest prefix saves {1e3 * saved:.0f} ms" if saved else "load balanced, no prefix"
     else:
+        slot, load = load_aware(outlook, part)
         how = "load not balanced"
-    at = load_aware(loads, outlook.view.last, slots)
-    slot, load = int(slots[at]), float(loads[at])
     return slot, load, f"{how}: TE {outlook.view.te[slot]} with {1e3 * load:.0f} ms to do"
 
 
-def is_load_balanced(loads: Floats, whole: float) -> bool:
+def is_load_balanced(loads: Loads, whole: float) -> bool:
     """The paper doesn't say when. Here: the busiest TE has not so much more to do than the mean that the longest prefix, which
     saves computing the `whole` prompt, would be too dear there."""
-    return bool(loads.max() - loads.mean() <= whole)
+    return loads.most - loads.mean <= whole
 
 
-def locality_aware(slots: Slots, loads: Floats, saved: Floats) -> tuple[Slots, Floats, float]:
-    """The paper's `locality_aware`: those that save most seconds by what they have of the prompt; with their loads."""
-    most = saved.max()
-    best = saved == most
-    return slots[best], loads[best], float(most)
+def locality_aware(outlook: Outlook, part: Way, loads: Loads) -> tuple[int, float]:
+    """The paper's `locality_aware`: of those that save most seconds by what they have of the prompt the slot of the least load,
+    and that load."""
+    return outlook.least_load(part, loads.saved)
 
 
-def load_aware(loads: Floats, last: Floats, slots: Slots) -> int:
-    """The paper's `load_aware`: the index of the least load."""
-    return longest_waiting(loads, 0.0, last, slots)
+def load_aware(outlook: Outlook, part: Way) -> tuple[int, float]:
+    """The paper's `load_aware`: the slot of the least load, and that load."""
+    return outlook.least_load(part, -inf)
 
 
 # ---- the same terms as one comparison -----------------------------------------------------------------------------------
@@ -223,46 +225,27 @@ def offer(outlook: Outlook, kind: Kind, quicker: float) -> Place:
     """The best place of a kind. `quicker`: the part of the time on the TEs that the heat map takes off."""
     if kind == "pair":
         return best_pair(outlook, quicker)
-    slots, last = outlook.view.candidates(kind), outlook.view.last
-    costs, first = outlook.cost(kind, quicker)
-    if outlook.ask.ttft_slo is not None:
-        costs = costs + MISSED * np.maximum(first - outlook.ask.ttft_slo, 0.0)
-    at = longest_waiting(costs, TOLERANCE * least(first), last, slots)
-    slot = int(slots[at])
-    return Place(kind, slot, outlook.decodes(kind, slot), float(costs[at]))
+    best = outlook.best(kind, outlook.view.candidates(kind), quicker, tolerance=TOLERANCE)
+    return Place(kind, best.slot, outlook.decodes(kind, best.slot), best.cost)
 
 
 def best_pair(outlook: Outlook, quicker: float) -> Place:
     """The prefill TE and the decode TE that cost least together. Their costs add up, so each half is picked by itself. Only a
     missed promise is of both: where the best halves miss it, those that are best with its price on all of the time are looked at
     too."""
-    view, slo = outlook.view, outlook.ask.ttft_slo
-    prefills, decodes = view.candidates("prefill"), view.candidates("decode")
-    (a, first), (b, reserved) = outlook.cost("prefill", quicker), outlook.cost("decode", quicker)
+    slo, prefills, decodes = outlook.ask.ttft_slo, outlook.view.candidates("prefill"), outlook.view.candidates("decode")
     best: Place | None = None
     for price in (0.0, MISSED):
-        near = TOLERANCE / 2 * least(first)
-        i = longest_waiting(a + price * first if price else a, near, view.last, prefills)
-        j = longest_waiting(b + price * reserved if price else b, near, view.last, decodes)
-        late = max(0.0, float(first[i] + reserved[j]) - slo) if slo is not None else 0.0
-        cost = float(a[i] + b[j]) + MISSED * late
+        one = outlook.best("prefill", prefills, quicker, price, tolerance=TOLERANCE / 2)
+        other = outlook.best("decode", decodes, quicker, price, near=TOLERANCE / 2 * one.least_first)
+        late = max(0.0, one.first + other.first - slo) if slo is not None else 0.0
+        cost = one.cost + other.cost + MISSED * late
         if best is None or cost < best.cost:
-            best = Place("pair", int(prefills[i]), int(decodes[j]), cost)
+            best = Place("pair", one.slot, other.slot, cost)
         if not late:
             break
     assert best is not None
     return best
-
-
-def longest_waiting(values: Floats, near: float, last: Floats, slots: Slots) -> int:
-    """The index of the least value, to within `near`: of several the TE that was given nothing for longest, then the lowest
-    slot."""
-    close = (values <= least(values) + near).nonzero()[0]
-    return int(close[last[slots[close]].argmin()]) if len(close) > 1 else int(close[0])
-
-
-def least(values: Floats) -> float:
-    return float(values[values.argmin()])  # several times as quick as `min`
 
 
 def gain(ask: Ask, heat: Heat, kind: Kind) -> float:
@@ -282,133 +265,133 @@ def gain(ask: Ask, heat: Heat, kind: Kind) -> float:
 
 # ---- what each TE would make of the task --------------------------------------------------------------------------------
 
+# What a TE may be to a task: a way to run it, or the one that goes on with it. By outlook.c's numbers.
+Part = Way | Literal["heir"]
+PARTS: Final = {part: number for number, part in enumerate(("colocated", "prefill", "decode", "semi", "prompt", "heir"))}
+
+
+# The structures are outlook.c's, which tells what is in them.
+class Task(Structure):
+    _fields_ = (
+        ("view", c_void_p),
+        *((name, c_double) for name in Costs.__struct_fields__),
+        *((name, c_double) for name in ("tokens", "length", "ttft_slo", "tpot_slo", "block", "home_tokens")),
+        ("home", c_int64),
+        *((name, c_double) for name in ("wait", "work", "queue", "missed")),
+        *((name, c_double) for name in ("whole", "queued", "stall", "step", "longer", "arrivals")),
+    )
+    whole: float
+
+
+class Prediction(Structure):
+    _fields_ = tuple((name, c_double) for name in ("load", "compute", "cached", "tpot", "wait", "own", "first", "rest"))
+    load: float
+    compute: float
+    cached: float
+    tpot: float
+    wait: float
+    own: float
+    first: float
+    rest: float
+
+
+class Best(Structure):
+    _fields_ = (
+        *((name, c_double) for name in ("quicker", "price", "tolerance", "near")),
+        ("slot", c_int64),
+        *((name, c_double) for name in ("cost", "first", "least_first")),
+    )
+    slot: int
+    cost: float
+    first: float
+    least_first: float
+
+
+class Loads(Structure):
+    _fields_ = (("mean", c_double), ("most", c_double), ("saved", c_double))
+    mean: float
+    most: float
+    saved: float
+
 
 class Outlook:
-    """Predictions for one task on each TE: columns of seconds and tokens, by slot."""
+    """Predictions for one task on each TE: good until the next one of the same view."""
 
     def __init__(self, ask: Ask, view: View, tree: Tree, costs: Costs):
-        tokens = ask.prompt_tokens
-        self.ask, self.view, self.costs = ask, view, costs
-        self.whole = costs.prefill(float(tokens))  # seconds to compute the prompt where nothing of it is there
-        self.load_seconds, self.compute, self.cached = self.had(tree)
-        busy = costs.predict_busy(view)
-        self.tpot = costs.predict_tpot(view, tokens, busy)
-        self.wait = costs.predict_wait(view, tokens, busy, self.tpot)
-        self.own = costs.predict_prefill(view, self.compute, tokens - self.cached, busy)
-        self.first = self.wait + self.load_seconds + self.own  # until the first token
-        self.rest = max(ask.answer.mean - 1.0, 0.0) * self.tpot  # until the last one
+        self.ask, self.view, self.costs, self.native = ask, view, costs, native.load()
+        self.task = Task(
+            addressof(view.columns),
+            *msgspec.structs.astuple(costs),
+            ask.prompt_tokens,
+            ask.answer.mean,
+            inf if ask.ttft_slo is None else ask.ttft_slo,
+            inf if ask.tpot_slo is None else ask.tpot_slo,
+            tree.block_size,
+            min(ask.home_tokens, ask.prompt_tokens - 1),
+            view.slots.get(ask.home, -1),
+            WAIT,
+            WORK,
+            QUEUE,
+            MISSED,
+        )
+        self.about = byref(self.task)
+        found = tree.match(ask.keys[: (ask.prompt_tokens - 1) // tree.block_size])  # one token is always computed
+        self.native.outlook(self.about, memory(found.tes), memory(found.blocks), memory(found.tiers), len(found.tes))
+        self.whole = self.task.whole  # seconds to compute the prompt where nothing of it is there
 
-    @cached_property
-    def asked(self) -> Floats:
-        """What the prompt costs all tasks. Those that were there before wait while it is computed: those before it in the queue
-        are decoding by then."""
-        waits = (WAIT * self.costs.crowd) * self.wait
-        return self.first + waits + self.held_up(self.view.sequences, self.wait) * self.own
+    def on(self, slot: int) -> Prediction:
+        """What one TE would make of it."""
+        prediction = Prediction()
+        self.native.predict(self.about, slot, byref(prediction))
+        return prediction
 
-    @cached_property
-    def after(self) -> Floats:
-        """... and the rest of the answer: each step of those that are there is longer by one more sequence."""
-        ask, view, costs, answer = self.ask, self.view, self.costs, max(self.ask.answer.mean, 1.0)
-        longer = min(answer, costs.answer) * (costs.d1 + costs.d2 * ask.prompt_tokens)
-        after: Floats = self.rest + longer * view.sequences * view.slow
-        if ask.tpot_slo is not None:
-            after = after + MISSED * (answer - 1.0) * np.maximum(self.tpot - ask.tpot_slo, 0.0)
-        return after
+    def best(
+        self, part: Part, slots: Slots, quicker: float = 0.0, price: float = 0.0, tolerance: float = 0.0, near: float = 0.0
+    ) -> Best:
+        """The TE of `slots` with the least cost, to within `near` seconds and `tolerance` times the least time to the first
+        token: of several the one that was given nothing for longest, then the first. `quicker`: the part of the time on the TEs
+        that the heat map takes off. `price`: what a second until the first token costs more."""
+        best = Best(quicker, price, tolerance, near)
+        self.native.best(self.about, PARTS[part], memory(slots), len(slots), byref(best))
+        return best
 
-    def held_up(self, sequences: Floats, wait: Floats) -> Floats:
-        """How many other tasks each second of computing the prompt delays, where so many are and it waits so long."""
-        return sequences + WORK * self.costs.crowd + (QUEUE * self.costs.arrivals) * wait
+    def loads(self, part: Way) -> Loads:
+        """Seconds that the candidates have to do before they are through with the task, but for its prompt: what the paper calls
+        load. And the most seconds that one of them saves by what it has of the prompt."""
+        slots, loads = self.view.candidates(part), Loads()
+        self.native.loads(self.about, PARTS[part], memory(slots), len(slots), byref(loads))
+        return loads
 
-    def had(self, tree: Tree) -> Reuse:
-        """What of the prompt needs no computing, on each TE."""
-        ask, view, room = self.ask, self.view, len(self.view.te)
-        # One place more than there are slots: -1, the slot of TEs that are gone, is that.
-        load, compute, cached = np.zeros(room + 1), np.full(room + 1, self.whole), np.zeros(room + 1)
-        keys = ask.keys[: (ask.prompt_tokens - 1) // tree.block_size]  # one token is always computed
-        if keys:
-            found = tree.match(keys)
-            slots, held = view.slots_of(found.tes), found.blocks * float(tree.block_size)
-            if found.tiers.any():
-                behind = found.tiers * float(tree.block_size)
-                held = np.append(held, 0.0)  # the last row: everybody else
-                on = reuse(self.costs, ask.prompt_tokens, held, behind[:, 0], behind[:, 1])
-                for column, each in zip((load, compute, cached), on, strict=True):
-                    column[:] = each[-1]
-                    column[slots] = each[:-1]
-            elif len(slots) > len(keys):  # there are fewer lengths that a prefix can have
-                lengths = np.arange(len(keys) + 1) * float(tree.block_size)
-                compute[slots] = self.costs.prefill(ask.prompt_tokens - lengths, lengths).take(found.blocks)
-                cached[slots] = held
-            elif len(slots):
-                compute[slots], cached[slots] = self.costs.prefill(ask.prompt_tokens - held, held), held
-        home, held_there = view.slots.get(ask.home, -1), float(min(ask.home_tokens, ask.prompt_tokens - 1))
-        if home >= 0 and held_there > cached[home]:
-            load[home], cached[home] = 0.0, held_there
-            compute[home] = self.costs.prefill(ask.prompt_tokens - held_there, held_there)
-        return Reuse(load[:-1], compute[:-1], cached[:-1])
+    def least_load(self, part: Way, saved: float) -> tuple[int, float]:
+        """The slot with the least load, of those that save so many seconds, after `loads`; and that load."""
+        slots, load = self.view.candidates(part), c_double()
+        slot = self.native.least_load(self.about, PARTS[part], memory(slots), len(slots), saved, byref(load))
+        return slot, load.value
 
     def decodes(self, kind: Kind, slot: int) -> int:
         """The slot of the TE that decodes what this one computes, where that isn't a choice of its own."""
         return int(self.view.lender[slot]) if kind == "semi" else slot
 
-    def load(self, part: Way) -> Floats:
-        """What the candidates have to do before they are through with the task, but for its prompt: what the paper calls load."""
-        slots = self.view.candidates(part)
-        if part in ("prefill", "prompt"):
-            return self.wait.take(slots)
-        decodes = self.view.lender.take(slots) if part == "semi" else slots
-        load = self.wait.take(decodes) + self.rest.take(decodes)
-        return load + self.wait.take(slots) if part == "semi" else load
-
     def until_there(self, place: Place) -> float:
         """Seconds from the prompt's turn until its KV is where it is decoded."""
-        holder = place.decode if place.kind == "semi" else place.prefill
-        brought = self.costs.transfer(self.ask.prompt_tokens - float(self.cached[place.decode])) if place.kind == "pair" else 0.0
-        return float(self.load_seconds[holder] + self.compute[holder]) + brought
-
-    def saved(self, part: Way) -> Floats:
-        """Seconds that the candidates save by what they have of the prompt."""
-        slots = self.view.candidates(part)
-        if part == "semi":
-            slots = self.view.lender.take(slots)
-        return self.whole - self.compute.take(slots) - self.load_seconds.take(slots)
-
-    def cost(self, part: Way, quicker: float) -> tuple[Floats, Floats]:
-        """(what it costs all tasks together, seconds of that until the first token) with each of the candidates."""
-        slots = self.view.candidates(part)
-        if part == "colocated":
-            return self.asked.take(slots) + self.after.take(slots), self.first.take(slots)
-        if part == "prompt":
-            return self.asked.take(slots), self.first.take(slots)
-        if part == "prefill":
-            return self.asked.take(slots) - quicker * self.own.take(slots), self.first.take(slots)
-        if part == "decode":
-            # All of it is brought but what is there already.
-            spared = (1.0 - quicker) * self.costs.peer
-            brought = (1.0 - quicker) * self.costs.transfer(float(self.ask.prompt_tokens))
-            wait = self.wait.take(slots)
-            told = self.after.take(slots) + (1.0 + WAIT * self.costs.crowd) * wait + brought
-            return told - quicker * self.rest.take(slots) - spared * self.cached.take(slots), wait
-        owners = self.view.lender[slots]
-        own, wait = self.compute.take(owners) * self.view.slow.take(slots), self.wait.take(slots) + self.wait.take(owners)
-        first = wait + self.load_seconds.take(owners) + own
-        asked = first + (WAIT * self.costs.crowd) * wait + self.held_up(self.view.sequences.take(owners), wait) * own
-        return asked + self.after.take(owners) - quicker * (own + self.rest.take(owners)), first
+        holder, decode = self.on(place.decode if place.kind == "semi" else place.prefill), self.on(place.decode)
+        brought = self.costs.transfer(self.ask.prompt_tokens - decode.cached) if place.kind == "pair" else 0.0
+        return holder.load + holder.compute + brought
 
     def choice(self, place: Place) -> Choice:
         kind, prefill, decode, _, why = place
-        te, holder, first = self.view.te, prefill, float(self.first[prefill])
+        te, one = self.view.te, self.on(prefill)
+        other = self.on(decode) if prefill != decode else one
+        first, cached = one.first, int(one.cached)
         if kind == "pair":
-            first += float(self.wait[decode])
+            first += other.wait
         elif kind == "semi":
-            holder = decode
-            own = self.compute[decode] * self.view.slow[prefill]
-            first = float(self.wait[prefill] + self.wait[decode] + self.load_seconds[decode] + own)
-        tpot, cached = float(self.tpot[decode]), int(self.cached[holder])
+            cached = int(other.cached)
+            first = one.wait + other.wait + other.load + other.compute * float(self.view.slow[prefill])
         why = f"TE {te[decode]}: {why}" if prefill == decode else f"TEs {te[prefill]} and {te[decode]}: {why}"
         if cached:
             why += f"; {cached} of {self.ask.prompt_tokens} prompt tokens are there"
-        return Choice(int(te[prefill]), int(te[decode]), why, kind, 1e3 * first, 1e3 * tpot, cached)
+        return Choice(int(te[prefill]), int(te[decode]), why, kind, 1e3 * first, 1e3 * other.tpot, cached)
 
 
 # ---- sequences that leave a TE ------------------------------------------------------------------------------------------
@@ -422,8 +405,6 @@ def heir(ask: Ask, view: View, tree: Tree, costs: Costs, leaving: int) -> Choice
     if not len(slots):
         return None
     outlook = Outlook(ask, view, tree, costs)
-    brought = costs.transfer(ask.prompt_tokens - outlook.cached[slots])
-    values = outlook.after[slots] + outlook.wait[slots] + brought
-    at = longest_waiting(values, 0.0, view.last, slots)
-    te, tpot = int(view.te[slots[at]]), 1e3 * float(outlook.tpot[slots[at]])
-    return Choice(leaving, te, f"moved from TE {leaving}: least cost, {1e3 * values[at]:.0f} ms", predicted_tpot_ms=tpot)
+    best = outlook.best("heir", slots)
+    te, tpot = int(view.te[best.slot]), 1e3 * outlook.on(best.slot).tpot
+    return Choice(leaving, te, f"moved from TE {leaving}: least cost, {1e3 * best.cost:.0f} ms", predicted_tpot_ms=tpot)

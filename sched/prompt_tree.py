@@ -146,9 +146,10 @@ class PromptTree:
         runs = self._runs(keys)
         tes = blocks = np.zeros(0, np.int64)
         if runs:
-            first = runs[0][1]
+            (end, first), *others = runs
             alive, members = self.masks[first], self._members(first)
-            for end, number in runs:
+            self.lengths.fill(end)
+            for end, number in others:
                 alive &= self.masks[number]
                 if not alive:
                     break
@@ -293,7 +294,7 @@ class PromptTree:
                 low = high
                 bounds.pop()
             elif high - low == 1:
-                runs.append((high, self._used(keys[begin:high], here)))
+                runs.append((high, self._used(keys, begin, high, here)))
                 begin = low = high
                 here = there
                 bounds.pop()
@@ -301,15 +302,15 @@ class PromptTree:
                 middle = (low + high) // 2
                 bounds.append((middle, at(middle)))
         if here != NOBODY:
-            runs.append((len(keys), self._used(keys[begin:], here)))
+            runs.append((len(keys), self._used(keys, begin, len(keys), here)))
         return runs
 
-    def _used(self, keys: Seq[bytes], number: int) -> int:
+    def _used(self, keys: Seq[bytes], begin: int, end: int, number: int) -> int:
         """A stretch of a prompt was matched: the set that its keys are in from now on."""
         if self.age - self.ages[number] < NOTED:
             return number
         masks, mask = self.masks, self.masks[number]
-        self._change(keys, lambda old: self._number(masks[old], self.age))
+        self._change(keys[begin:end], lambda old: self._number(masks[old], self.age))
         return self.numbers[mask, self.age]
 
     def _behind(self, keys: Seq[bytes], ends: list[int]) -> list[tuple[int, int]]:

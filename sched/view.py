@@ -9,6 +9,7 @@ tasks.
 from __future__ import annotations
 
 import heapq
+from ctypes import Array, Structure, byref, c_char, c_int64, c_void_p
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -47,10 +48,28 @@ COLUMNS: Final[dict[str, tuple[type, float]]] = {
 }
 SETTABLE: Final = frozenset(COLUMNS) - {"te", "mixes", "lender"}
 MAKES_SETS: Final = frozenset({"role", "takes"})
+# Columns that the arithmetic of a decision (engine/native/outlook.c: View) reads, and those that are its room to work in.
+READ: Final = ("lender", "mixes", "sequences", "queued_tokens", "kv_used", "kv_total", "seats", "slow", "last")
+ROOM: Final = ("load", "compute", "cached", "values")
+
+
+class Columns(Structure):
+    """Where a view's columns are, for C."""
+
+    _fields_ = (*((name, c_void_p) for name in (*READ, *ROOM, "slot_of")), ("numbers", c_int64), ("slots", c_int64))
+
+
+Anything: type[Array[c_char]] = c_char * 0
+
+
+def memory(array: Any) -> Any:
+    """Where an array's numbers are, for C: to be passed while the array is there. They must lie side by side."""
+    return byref(Anything.from_buffer(array))  # several times as quick as `array.ctypes`
 
 
 class View:
-    """The columns are attributes: arrays as long as the highest slot in use. Read them; write by `add`, `update`, `remove`."""
+    """The columns are attributes: arrays as long as the highest slot in use. Read them; write by `add`, `update`, `remove`.
+    `columns` is where they are."""
 
     te: NDArray[np.int64]
     role: NDArray[np.int8]
@@ -74,7 +93,9 @@ class View:
         self._buffers: dict[str, NDArray[Any]] = {
             name: np.full(8, empty, dtype=dtype) for name, (dtype, empty) in COLUMNS.items()
         }
+        self._room = np.empty((len(ROOM), 8))
         self._where = np.full(8, -1, dtype=np.intp)  # TE -> slot; one place more than the highest number needs
+        self.columns = Columns()
         self._cut(0)
 
     def __len__(self) -> int:
@@ -89,6 +110,7 @@ class View:
             self._cut(slot + 1)
         if te + 1 >= len(self._where):
             self._where = np.concatenate((self._where, np.full(te + 1, -1, dtype=np.intp)))
+            self._point()
         self.slots[te] = slot
         self._where[te] = slot
         self.te[slot] = te
@@ -159,3 +181,15 @@ class View:
             if length > len(buffer):
                 buffer = self._buffers[name] = np.concatenate((buffer, np.full(len(buffer), empty, dtype=dtype)))
             setattr(self, name, buffer[:length])
+        if length > self._room.shape[1]:
+            self._room = np.empty((len(ROOM), len(self._buffers["te"])))
+        self._point()
+
+    def _point(self) -> None:
+        """Tell C where the columns are now."""
+        for name in READ:
+            setattr(self.columns, name, self._buffers[name].ctypes.data)
+        for name, row in zip(ROOM, self._room, strict=True):
+            setattr(self.columns, name, row.ctypes.data)
+        self.columns.slot_of = self._where.ctypes.data
+        self.columns.numbers, self.columns.slots = len(self._where), len(self.te)

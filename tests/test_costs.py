@@ -1,15 +1,13 @@
-"""What steps cost: formulas against sums over steps, loads against recomputing, and learning."""
+"""What steps cost: formulas against sums over steps, and learning."""
 
 from __future__ import annotations
 
 from random import Random
 
 import msgspec
-import numpy as np
 import pytest
 
-from sched.costs import BOUND, NUMBERS, PACE_MEMORY, Costs, Learner, Paces, Step, fitted, reuse, rough
-from sched.view import View
+from sched.costs import BOUND, NUMBERS, PACE_MEMORY, Costs, Learner, Paces, Step, fitted, rough
 
 COSTS = Costs(
     p0=2e-3, p1=5e-5, p2=2e-9, p3=4e-9, d0=1e-2, d1=2e-4, d2=1e-8, chunk=512, peer0=1e-3, peer=1e-6, dram=4e-6, ssd=2e-5
@@ -21,95 +19,10 @@ def test_a_prompt_takes_what_its_chunks_take(new, context):
     chunks = -(-new // COSTS.chunk)
     whole = sum(COSTS.step(new / chunks, context + i * new / chunks, 0, 0) for i in range(chunks))
     assert COSTS.prefill(float(new), float(context)) == pytest.approx(whole)
-    column = COSTS.prefill(np.array([float(new), 7.0]), np.array([float(context), 0.0]))
-    assert column[0] == pytest.approx(whole) and column[1] == pytest.approx(COSTS.prefill(7.0))
 
 
 def test_costs_go_through_json():
     assert msgspec.json.decode(msgspec.json.encode(COSTS), type=Costs) == COSTS
-
-
-def two(**fields: float) -> View:
-    """An idle TE, and one with these facts."""
-    view = View()
-    view.add(0)
-    view.add(1, **fields)
-    return view
-
-
-def wait(view: View, tokens: float = 100.0, costs: Costs = COSTS) -> list[float]:
-    busy = costs.predict_busy(view)
-    return costs.predict_wait(view, tokens, busy, costs.predict_tpot(view, tokens, busy)).tolist()
-
-
-def test_the_wait_is_for_prompts_before_and_for_room():
-    assert wait(two())[1] == 0.0
-    queued = wait(two(queued_tokens=1000.0))[1]
-    assert queued == pytest.approx(1000 * COSTS.prefill(COSTS.prompt) / COSTS.prompt)
-    assert wait(two(queued_tokens=1000.0, sequences=50.0))[1] > queued, "what decodes there makes the steps longer"
-    assert wait(two(queued_tokens=1000.0, slow=3.0))[1] == pytest.approx(3 * queued)
-    assert wait(two(sequences=7.0, seats=8.0))[1] == 0.0, "the last seat"
-    full = two(sequences=8.0, seats=8.0)
-    tpot = COSTS.predict_tpot(full, 100.0, COSTS.predict_busy(full))[1]
-    assert wait(full)[1] == pytest.approx(COSTS.answer * tpot / 8), "one of eight must end"
-    assert wait(two(kv_used=900.0, kv_total=1000.0))[1] == 0.0
-    assert wait(two(kv_used=901.0, kv_total=1000.0))[1] > 0.0
-
-
-def test_decodes_beside_prompts_are_held_up_by_those_that_follow():
-    """Ten sequences with answers of 256 tokens: in 256 steps ten prompts come."""
-    view = View()
-    view.add(0, "colocated", sequences=10.0)
-    view.add(1, "decode", sequences=10.0)
-
-    def tpots(costs: Costs) -> list[float]:
-        return costs.predict_tpot(view, 100.0, costs.predict_busy(view)).tolist()
-
-    mixed, apart = tpots(COSTS)
-    assert apart == pytest.approx(COSTS.step(0, 0, 11, 100))
-    steps = np.ceil(COSTS.prompt / COSTS.chunk)  # they take the place of steps that only decode
-    assert mixed - apart == pytest.approx(10 * (COSTS.prefill(COSTS.prompt) - steps * COSTS.d0) / COSTS.answer)
-    found = msgspec.structs.replace(COSTS, found=COSTS.prompt)
-    assert tpots(found)[0] - apart == pytest.approx(max(0.0, 10 * (COSTS.prefill(1.0, COSTS.prompt) - COSTS.d0) / COSTS.answer))
-
-
-@pytest.mark.parametrize("fact", ["sequences", "queued_tokens", "kv_used", "slow"])
-def test_predictions_grow_with_each_fact(fact):
-    view = View()
-    for te in range(20):
-        view.add(
-            te,
-            **{
-                "sequences": 3.0,
-                "queued_tokens": 200.0,
-                "kv_used": 400.0,
-                "kv_total": 2000.0,
-                "seats": 8.0,
-                fact: 1.0 + te * 150,
-            },
-        )
-    busy = COSTS.predict_busy(view)
-    tpot = COSTS.predict_tpot(view, 300.0, busy)
-    columns = [tpot, COSTS.predict_wait(view, 300.0, busy, tpot), COSTS.predict_prefill(view, 0.1, 300.0, busy)]
-    for column in columns:
-        assert (np.diff(column) >= 0).all()
-    assert (np.diff(sum(columns)) > 0).all()
-
-
-def test_load_or_recompute_whichever_is_quicker():
-    def at(device: float, dram: float, ssd: float, costs: Costs = COSTS) -> tuple[float, float, float]:
-        load, compute, tokens = reuse(costs, 1000, np.array([device]), np.array([dram]), np.array([ssd]))
-        return float(load[0]), float(compute[0]), float(tokens[0])
-
-    assert at(0, 0, 0) == (0.0, COSTS.prefill(1000.0), 0.0)
-    assert at(400, 0, 0) == (0.0, COSTS.prefill(600.0, 400.0), 400.0)
-    load, compute, tokens = at(400, 500, 0)
-    assert tokens == 900 and load == pytest.approx(COSTS.tier0 + 500 * COSTS.dram) and compute == COSTS.prefill(100.0, 900.0)
-    assert at(400, 0, 500)[2] == 900, "2e-5 seconds a token are less than 5e-5"
-    slow = msgspec.structs.replace(COSTS, ssd=1e-4)
-    assert at(400, 0, 500, slow) == at(400, 0, 0), "the SSD is slower than computing"
-    assert at(400, 100, 400, slow)[2] == 500, "only what is in DRAM is loaded"
-    assert at(400, 10, 0, msgspec.structs.replace(COSTS, tier0=1.0))[2] == 400, "not worth the fixed time"
 
 
 def test_rough_costs_of_a_start():

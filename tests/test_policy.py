@@ -1,4 +1,4 @@
-"""Algorithm 1 and the comparison of costs: against a plain look at every TE and every pair, and what must hold for all."""
+"""Algorithm 1, the comparison of costs and its arithmetic in C: against a plain look at every TE and pair, and what must hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ import numpy as np
 import pytest
 
 from sched.costs import Costs
-from sched.policy import HEAT, MISSED, QUEUE, TOLERANCE, WAIT, WORK, Ask, Choice, Order, choose, heir
+from sched.policy import (
+    HEAT,
+    MISSED,
+    QUEUE,
+    TOLERANCE,
+    UNDECIDED,
+    WAIT,
+    WORK,
+    Ask,
+    Choice,
+    Order,
+    Outlook,
+    Prediction,
+    choose,
+    heir,
+)
 from sched.view import ROLES, View
 
 BLOCK = 16
@@ -192,6 +207,29 @@ class Oracle:
         brought = c.transfer(ask.prompt_tokens - self.had(d)[2]) if kind == "pair" else 0.0
         return cost + brought - self.quicker[kind] * (own + rest + brought), first
 
+    def narrowed(self, kind: str, slots: set[int], decodes: bool = True) -> tuple[float, int]:
+        """(load, slot) of the TE of a type that the paper's order takes."""
+        v, whole = self.view, self.prefill(self.ask.prompt_tokens, 0)
+        rest = max(self.ask.answer.mean - 1, 0) if decodes else 0
+        owner = {s: int(v.lender[s]) if kind == "semi" else s for s in slots}
+        loads = {s: self.wait(s) + rest * self.tpot(o) + (self.wait(o) if o != s else 0) for s, o in owner.items()}
+        saved = {s: whole - sum(self.had(o)[:2]) for s, o in owner.items()}
+        if max(loads.values()) - sum(loads.values()) / len(loads) <= whole:
+            slots = {s for s in slots if saved[s] >= max(saved.values()) - 1e-12}
+        slot = min(slots, key=lambda s: (loads[s], v.last[s], s))
+        return loads[slot], slot
+
+    def paper(self, kind: str) -> tuple[float, str, int, int]:
+        """(load and what the prompt still takes, kind, slots) of the place of a kind that the paper's order takes."""
+        halves = [{place[i] for place in self.places() if place[0] == kind} for i in (1, 2)]
+        load, p = self.narrowed(kind, halves[0], decodes=kind in ("colocated", "semi"))
+        d = int(self.view.lender[p]) if kind == "semi" else p
+        until = sum(self.had(d)[:2])
+        if kind == "pair":
+            more, d = self.narrowed(kind, halves[1])
+            load, until = load + more, until + self.costs.transfer(self.ask.prompt_tokens - self.had(d)[2])
+        return load + until, kind, p, d
+
 
 @pytest.mark.parametrize("seed", range(80))
 def test_the_cost_order_finds_the_least_of_all_tes_and_pairs(seed):
@@ -244,6 +282,32 @@ def test_a_promise_is_kept_where_that_costs_less_than_missing_it(seed):
         assert cost <= min(c + MISSED * min(f, ask.ttft_slo) for c, f in all_costs.values()) + TOLERANCE * first * (1 + MISSED)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_the_papers_order_takes_the_type_then_the_te(seed):
+    rng = Random(seed)
+    view = some_view(rng, rng.randrange(1, 25))
+    tree = FakeTree({te: rng.choice([10, 40, 80]) for te in range(30) if rng.random() < 0.4}, rng.choice([(0, 0), (20, 30)]))
+    heat = FakeHeat(rng.choice([-0.5, 0.0, 0.5]), 1.0, rng.choice([-0.3, 0.01, 0.3]))
+    ask = asks(rng.randrange(1, 2000), rng.choice([0, 50, 800]), together=rng.random() < 0.2)
+    ask = msgspec.structs.replace(ask, answer=Length(ask.answer.mean, 0, 0, 1.0), home=rng.randrange(-1, 25), home_tokens=700)
+    oracle = Oracle(ask, view, tree, heat, COSTS)
+    kinds = {kind for kind, *_ in oracle.places()}
+    choice = choose(ask, view, tree, heat, COSTS, "paper")
+    if not kinds:
+        assert choice is None
+        return
+    if len(kinds) > 1:
+        gains = {kind: heat.values["semi" if kind == "semi" else "disaggregated"] for kind in kinds - {"colocated"}}
+        best = max(gains, key=lambda kind: gains[kind])
+        if gains[best] > UNDECIDED:
+            kinds = {best}
+        elif gains[best] < -UNDECIDED and "colocated" in kinds:
+            kinds = {"colocated"}
+    _, kind, p, d = min(oracle.paper(kind) for kind in kinds)
+    assert choice is not None
+    assert (choice.kind, choice.prefill, choice.decode) == (kind, view.te[p], view.te[d])
+
+
 # ---- what holds for any order -------------------------------------------------------------------------------------------
 
 
@@ -294,6 +358,19 @@ def test_equals_take_turns_then_the_lowest_slot(order):
         view.update(te, last=float(number))
         order_of.append(te)
     assert order_of == [7, 3, 5, 7, 3, 5]
+
+
+def test_what_costs_nearly_the_same_costs_the_same():
+    view = View()
+    view.add(0, queued_tokens=1.0)
+    view.add(1)
+    assert pick(view).decode == 0, "the lowest slot"
+    view.update(0, last=1.0)
+    assert pick(view).decode == 1
+    view.update(1, last=2.0)
+    assert pick(view).decode == 0
+    view.update(0, queued_tokens=100.0)
+    assert pick(view).decode == 1
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -432,7 +509,146 @@ def test_cost_brings_kv_where_some_of_it_is():
     assert pick(view, tree=FakeTree({2: 40}), costs=slow).decode == 2
 
 
+# ---- what one TE would make of it ---------------------------------------------------------------------------------------
+
+
+def told(view: View, ask: Ask | None = None, tree: FakeTree | None = None, costs: Costs = COSTS) -> list[Prediction]:
+    """By slot."""
+    outlook = Outlook(ask or asks(100), view, tree or FakeTree(), costs)
+    return [outlook.on(slot) for slot in range(len(view.te))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_predictions_are_what_the_formulas_say(seed):
+    """Also of a view whose columns grew, where TEs are gone and others are in their slots."""
+    rng = Random(seed)
+    view = some_view(rng, rng.randrange(40))
+    for te in rng.sample(sorted(view.slots), len(view.slots) // 3):
+        view.remove(te)
+    for te in rng.sample(range(100, 1000), rng.randrange(3)):
+        view.add(te, rng.choice(ROLES), sequences=float(rng.randrange(9)))
+    tree = FakeTree({te: rng.randrange(80) for te in range(1500) if rng.random() < 0.5}, rng.choice([(0, 0), (30, 0), (20, 30)]))
+    ask = asks(rng.randrange(1, 2000), rng.choice([0, 1, 50]), home=rng.randrange(-1, 40), home_tokens=rng.choice([0, 700]))
+    costs = msgspec.structs.replace(COSTS, crowd=5.0, found=rng.choice([0.0, 100.0, 900.0]), ssd=rng.choice([1e-4, 1e-5]))
+    oracle, predictions = Oracle(ask, view, tree, FakeHeat(), costs), told(view, ask, tree, costs)
+    for te, slot in view.slots.items():
+        p, (load, compute, cached) = predictions[slot], oracle.had(slot)
+        own = view.slow[slot] * (compute + oracle.busy(slot) * (ask.prompt_tokens - cached) / costs.chunk)
+        wait, tpot, rest = oracle.wait(slot), oracle.tpot(slot), max(ask.answer.mean - 1, 0) * oracle.tpot(slot)
+        expected = (load, compute, cached, tpot, wait, own, wait + load + own, rest)
+        assert [getattr(p, name) for name, _ in Prediction._fields_] == pytest.approx(expected, rel=1e-9, abs=1e-12), te
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_place_costs_what_the_formulas_say(seed):
+    """With promises that many places miss."""
+    rng = Random(seed)
+    view = some_view(rng, 16)
+    tree = FakeTree({te: rng.randrange(80) for te in range(16) if rng.random() < 0.4}, rng.choice([(0, 0), (20, 30)]))
+    ask = asks(rng.randrange(1, 2000), 50, ttft_slo=rng.choice([-1.0, 0.03]), tpot_slo=0.011, together=rng.random() < 0.2)
+    heat, costs = FakeHeat(0.4, 1.0, -0.2), msgspec.structs.replace(COSTS, crowd=5.0, peer=1e-3)
+    oracle, outlook = Oracle(ask, view, tree, heat, costs), Outlook(ask, view, tree, costs)
+    for kind, p, d in oracle.places():
+        parts = [("prefill", p), ("decode", d)] if kind == "pair" else [(kind, p)]
+        halves = [outlook.best(part, np.array([slot]), oracle.quicker[kind]) for part, slot in parts]
+        cost, first = sum(half.cost for half in halves), sum(half.first for half in halves)
+        if kind == "pair":
+            cost += MISSED * max(0.0, first - ask.ttft_slo)
+        assert (cost, first) == pytest.approx(oracle.cost(kind, p, d), rel=1e-9)
+
+
+def two(**fields: float) -> View:
+    """An idle TE, and one with these facts."""
+    view = View()
+    view.add(0)
+    view.add(1, **fields)
+    return view
+
+
+def test_the_wait_is_for_prompts_before_and_for_room():
+    def wait(**fields: float) -> float:
+        return told(two(**fields))[1].wait
+
+    assert wait() == 0.0
+    queued = wait(queued_tokens=1000.0)
+    assert queued == pytest.approx(1000 * COSTS.prefill(COSTS.prompt) / COSTS.prompt)
+    assert wait(queued_tokens=1000.0, sequences=50.0) > queued, "what decodes there makes the steps longer"
+    assert wait(queued_tokens=1000.0, slow=3.0) == pytest.approx(3 * queued)
+    assert wait(sequences=7.0, seats=8.0) == 0.0, "the last seat"
+    full = told(two(sequences=8.0, seats=8.0))[1]
+    assert full.wait == pytest.approx(COSTS.answer * full.tpot / 8), "one of eight must end"
+    assert wait(kv_used=900.0, kv_total=1000.0) == 0.0
+    assert wait(kv_used=901.0, kv_total=1000.0) > 0.0
+
+
+def test_decodes_beside_prompts_are_held_up_by_those_that_follow():
+    """Ten sequences with answers of 256 tokens: in 256 steps ten prompts come."""
+    view = View()
+    view.add(0, "colocated", sequences=10.0)
+    view.add(1, "decode", sequences=10.0)
+    mixed, apart = (p.tpot for p in told(view))
+    assert apart == pytest.approx(COSTS.step(0, 0, 11, 100))
+    steps = ceil(COSTS.prompt / COSTS.chunk)  # they take the place of steps that only decode
+    assert mixed - apart == pytest.approx(10 * (COSTS.prefill(COSTS.prompt) - steps * COSTS.d0) / COSTS.answer)
+    found = told(view, costs=msgspec.structs.replace(COSTS, found=COSTS.prompt))[0].tpot
+    assert found - apart == pytest.approx(max(0.0, 10 * (COSTS.prefill(1.0, COSTS.prompt) - COSTS.d0) / COSTS.answer))
+
+
+@pytest.mark.parametrize("fact", ["sequences", "queued_tokens", "kv_used", "slow"])
+def test_predictions_grow_with_each_fact(fact):
+    view, facts = View(), {"sequences": 3.0, "queued_tokens": 200.0, "kv_used": 400.0, "kv_total": 2000.0, "seats": 8.0}
+    for te in range(20):
+        view.add(te, **{**facts, fact: 1.0 + te * 150})
+    columns = [[getattr(p, name) for p in told(view, asks(300))] for name in ("tpot", "wait", "own")]
+    for column in columns:
+        assert (np.diff(column) >= 0).all()
+    assert (np.diff(np.sum(columns, axis=0)) > 0).all()
+
+
+def test_load_or_recompute_whichever_is_quicker():
+    def at(device: int, dram: int, ssd: int, costs: Costs = COSTS) -> tuple[float, float, float]:
+        """In blocks of 10 tokens."""
+
+        class Tree(FakeTree):
+            def behind(self, count, most):
+                return dram, ssd
+
+        p = told(two(), Ask(prompt_tokens=1000, answer=about(1), keys=[bytes(16)] * 100), Tree({1: device}, block_size=10), costs)
+        return p[1].load, p[1].compute, p[1].cached
+
+    cheap = msgspec.structs.replace(COSTS, ssd=2e-5)
+    assert at(0, 0, 0) == (0.0, pytest.approx(COSTS.prefill(1000)), 0.0)
+    assert at(40, 0, 0) == (0.0, pytest.approx(COSTS.prefill(600, 400)), 400.0)
+    load, compute, tokens = at(40, 50, 0)
+    assert tokens == 900 and load == pytest.approx(COSTS.tier0 + 500 * COSTS.dram)
+    assert compute == pytest.approx(COSTS.prefill(100, 900))
+    assert at(40, 0, 50, cheap)[2] == 900, "2e-5 seconds a token are less than 5e-5"
+    assert at(40, 0, 50) == at(40, 0, 0), "the SSD is slower than computing"
+    assert at(40, 10, 40)[2] == 500, "only what is in DRAM is loaded"
+    assert at(40, 1, 0, msgspec.structs.replace(COSTS, tier0=1.0))[2] == 400, "not worth the fixed time"
+
+
 # ---- sequences that leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_heir_is_the_cheapest_of_all_others(seed):
+    rng = Random(seed)
+    view = some_view(rng, 14)
+    ask, tree = asks(rng.randrange(1, 2000), 50), FakeTree({te: rng.randrange(80) for te in range(0, 14, 2)})
+    oracle, leaving, answer = Oracle(ask, view, tree, FakeHeat(), COSTS), rng.randrange(14), 50
+
+    def value(s: int) -> float:
+        longer = view.sequences[s] * view.slow[s] * answer * (COSTS.d1 + COSTS.d2 * ask.prompt_tokens)
+        return oracle.wait(s) + (answer - 1) * oracle.tpot(s) + longer + COSTS.transfer(ask.prompt_tokens - oracle.had(s)[2])
+
+    slots = [s for te, s in view.slots.items() if view.takes[s] and view.role[s] in (0, 2) and te != leaving]
+    choice = heir(ask, view, tree, COSTS, leaving)
+    assert (choice is None) == (not slots)
+    if choice is not None:
+        best = min(slots, key=value)
+        assert choice.decode == view.te[best] and choice.predicted_tpot_ms == pytest.approx(1e3 * oracle.tpot(best))
+        assert f"{1e3 * value(best):.0f} ms" in choice.reason
 
 
 def test_the_heir_of_a_sequence_is_the_cheapest_that_decodes():

@@ -2,7 +2,7 @@
 
 Plain C behind ctypes, so that a machine with Python and a C compiler is enough; a machine that has the built library needs
 no compiler. The library's name carries a hash of all that went into it: one that exists is never out of date. Knows nothing
-of messages, tasks or devices.
+of messages or devices.
 """
 
 import ctypes
@@ -16,14 +16,14 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 from engine.types import UserError
 
 HERE = Path(__file__).parent
-SOURCES = ("process.c", "ring.c", "fork.c")
+SOURCES = ("process.c", "ring.c", "fork.c", "outlook.c")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 COMPILERS = ("cc", "gcc", "clang")
 
@@ -51,6 +51,11 @@ QUICK: dict[str, tuple[Any, list[Any] | None]] = {
     "ds_map_slab": (c_int, [c_int, c_uint64, c_int, POINTER(c_void_p)]),
     "ds_unmap_slab": (None, [c_void_p, c_uint64]),
     "ds_dlpack": (c_void_p, [c_void_p, c_int, c_int, c_int, c_int, c_int64]),
+    "ds_outlook": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64]),
+    "ds_predict": (None, [c_void_p, c_int64, c_void_p]),
+    "ds_best": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
+    "ds_loads": (None, [c_void_p, c_int, c_void_p, c_int64, c_void_p]),
+    "ds_least_load": (c_int64, [c_void_p, c_int, c_void_p, c_int64, c_double, c_void_p]),
 }
 # These wait, or read gigabytes: without the lock.
 SLOW: dict[str, tuple[Any, list[Any] | None]] = {
@@ -96,6 +101,11 @@ class Library:
     map_slab: Callable[..., int]
     unmap_slab: Callable[[int, int], None]
     dlpack: Callable[[int, int, int, int, int, int], int]
+    outlook: Callable[..., None]
+    predict: Callable[..., None]
+    best: Callable[..., None]
+    loads: Callable[..., None]
+    least_load: Callable[..., int]
     checksum: Callable[[int, int], int]
     collapse_slab: Callable[[int, int], int]
     copy: Callable[[int, int, int, int, int, int, int, int], int]
