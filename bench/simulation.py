@@ -50,7 +50,8 @@ class Sizes(NamedTuple):
     tes: Sequence[tuple[int, float, int, Sequence[float]]] = (  # TEs, seconds, seeds, loads beside the one where GOOD ends
         (64, 36.0, 8, (1.0,)),  # where one hot prefix decides how a policy fares, seeds differ much
         (64, 36.0, 3, (0.7, 1.1)),
-        (1000, 14.0, 3, (1.0,)),
+        (256, 36.0, 3, (1.0,)),
+        (1000, 36.0, 3, (1.0,)),
     )
     search_seconds: float = 30.0
     million: int = 1_000_000
