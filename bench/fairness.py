@@ -29,6 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from bench.cpu import machine
 from bench.scale_figures import finite, percentile
 from sched.gateway.client import Client
 from tests import tiny
@@ -211,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = [serve(model, Path(folder), args) for model in args.models]
     report = {
-        "command": "python -m bench.fairness",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(["python -m bench.fairness", *(sys.argv[1:] if argv is None else argv)]),
+        "machine": machine(),
         "cores": len(os.sched_getaffinity(0)),
         "seats": SEATS,
         "step_tokens": BUDGET,

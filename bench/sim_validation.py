@@ -5,17 +5,19 @@ the costs of its steps are fitted. Then come scenarios: requests at a rate at wh
 the time. What the server was sent, and when, goes through the simulator with the fitted costs; means of TTFT and TPOT are put
 beside each other. Client, server and TEs share this machine's cores, in the measurement of costs as well.
 
-The result goes into `bench/results/sim_validation.json`. Exit status 1 where a mean is farther off than 25 %.
+The result goes into `bench/results/sim_validation.json`; layouts that a run leaves out keep what an earlier one found.
+Exit status 1 where a mean is farther off than 25 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +126,8 @@ DECODES = ((1, 64), (2, 64), (4, 64), (8, 64), (16, 64), (1, 1024), (4, 1024), (
 DECODED = 48  # tokens of each
 BESIDE = (2, 8)  # sequences that decode while prompts of so many tokens are computed
 BESIDE_PROMPT = 1024
+SETTLE = 0.3  # seconds until a TE is busy
+BESIDE_DECODED = 320  # tokens of each: enough to last until the prompt is computed, however quick the machine
 REPEATS = 4
 
 
@@ -143,10 +147,18 @@ async def measure_costs(client: Client, layout: Layout, seed: int) -> Fitted:
         prompts = rng.integers(*IDS, (count, tokens)).tolist()
         return list(await asyncio.gather(*(ask(client, ids, output) for ids in prompts)))
 
+    async def neighbour(prompt: int, output: int) -> None:
+        """Keep the other TE of a pair busy, with prompts alone or with decodes."""
+        while True:
+            await batch(1 if output == 1 else 4, prompt, output)
+
     await batch(tes, 256, 16)
     steps: list[Step] = []
-    for streams_, tokens in DECODES:
-        done = await batch(streams_ * tes, tokens, DECODED)
+    # TEs of a pair do different things, and slow each other down all the same: every other measurement is made while the other
+    # one is busy, as it is for about half of the time in the scenarios.
+    for streams_, tokens, beside_it in [(*d, busy) for d in DECODES for busy in ((False, True) if split else (False,))]:
+        async with meanwhile(neighbour(BESIDE_PROMPT, 1) if beside_it else None):
+            done = await batch(streams_ * tes, tokens, DECODED)
         ends = [o.start + o.ttft + np.concatenate(([0.0], np.cumsum(o.itl))) for o in done]
         begin, end = max(times[0] for times in ends), min(times[-1] for times in ends)
         found = [b - a for times in ends for a, b in pairwise(times.tolist()) if a >= begin and b <= end]
@@ -159,6 +171,9 @@ async def measure_costs(client: Client, layout: Layout, seed: int) -> Fitted:
     transfers: list[tuple[float, float]] = []
     for tokens in PROMPTS:
         done = [o for _ in range(REPEATS) for o in await batch(tes, tokens, 8 if split else 1)]
+        if split:
+            async with meanwhile(neighbour(16, BESIDE_DECODED)):
+                done += [o for _ in range(REPEATS) for o in await batch(tes, tokens, 8)]
         seconds = float(np.mean([o.ttft for o in done])) - way
         if tokens <= CHUNK:
             steps.append(Step(tokens, 0.0, 0.0, 0.0, seconds))
@@ -168,7 +183,7 @@ async def measure_costs(client: Client, layout: Layout, seed: int) -> Fitted:
         before = tokens, seconds
         transfers += [(tokens, max(0.0, o.itl[0] - float(np.median(o.itl[1:])))) for o in done if len(o.itl) > 1]
     full = steps[-1]
-    for streams_ in BESIDE:
+    for streams_ in BESIDE if not split else ():  # no step of a pair does both
         steps += [await beside(client, streams_, tes, rng) for _ in range(REPEATS)]
     start = Costs(p1=full.seconds / full.prompt, d0=alone, chunk=CHUNK)
     peer0, peer = line(transfers) if split else (0.0, 0.0)
@@ -177,16 +192,39 @@ async def measure_costs(client: Client, layout: Layout, seed: int) -> Fitted:
     return Fitted(costs, way, float(np.sqrt(np.mean(np.square(errors)))))
 
 
+@contextlib.asynccontextmanager
+async def meanwhile(work: Coroutine[Any, Any, None] | None) -> AsyncIterator[None]:
+    """While that goes on beside."""
+    task = asyncio.ensure_future(work) if work is not None else None
+    await asyncio.sleep(SETTLE if task is not None else 0.0)
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+            await asyncio.wait((task,))
+
+
 async def beside(client: Client, count: int, tes: int, rng: np.random.Generator) -> Step:
-    """A step of a long prompt, in the mean, of those in which `count` sequences a TE decode: from their longest gaps."""
-    decodes = [asyncio.ensure_future(ask(client, ids, 80)) for ids in rng.integers(*IDS, (count * tes, 64)).tolist()]
-    await asyncio.sleep(0.1 * count)  # until all of them decode
+    """A step of a long prompt, in the mean, of those in which `count` sequences a TE decode: from their longest gaps while it is
+    computed."""
+    decodes = [asyncio.ensure_future(ask(client, ids, BESIDE_DECODED)) for ids in rng.integers(*IDS, (count * tes, 64)).tolist()]
+    await asyncio.sleep(0.06 * count)  # until all of them decode
+    began = time.monotonic()
     await asyncio.gather(*(ask(client, ids, 1) for ids in rng.integers(*IDS, (tes, BESIDE_PROMPT)).tolist()))
+    ended = time.monotonic()
     done = await asyncio.gather(*decodes)
     chunk = CHUNK - count
     steps = BESIDE_PROMPT // chunk
-    seconds = float(np.mean([np.sort(o.itl)[-steps:].mean() for o in done]))
+    gaps_of = [np.sort(gaps_between(o, began, ended))[-steps:] for o in done]
+    seconds = float(np.mean([gaps.mean() for gaps in gaps_of if len(gaps) == steps]))
     return Step(chunk, (steps - 1) * chunk / 2, count, count * 96, seconds)
+
+
+def gaps_between(outcome: Outcome, began: float, ended: float) -> np.ndarray:
+    """Seconds between the tokens that came from one moment to another; both by CLOCK_MONOTONIC."""
+    times = outcome.start + outcome.ttft + np.concatenate(([0.0], np.cumsum(outcome.itl)))
+    return np.diff(times[(times >= began) & (times <= ended)])
 
 
 # ---- both worlds ----------------------------------------------------------------------------------------------------
@@ -283,21 +321,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"default: {OUT.name} in bench/results")
     args = parser.parse_args(argv)
     settings = ("--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", str(SEATS), "--block-size", str(BLOCK))
-    found: dict[str, Any] = {}
+    # Layouts that this run leaves out keep what an earlier one found.
+    found: dict[str, Any] = json.loads(args.out.read_bytes())["layouts"] if args.out.exists() else {}
+    command = " ".join(["python -m bench.sim_validation", *(sys.argv[1:] if argv is None else argv)])
     for name in args.layouts:
         layout = LAYOUTS[name]
         scenarios = [s for s in SCENARIOS if s.layout == name]
         say(f"{layout.name}: starting a server")
         with serving(MODEL, *layout.flags, *settings) as server:
             found[name] = asyncio.run(run_layout(server.url, layout, scenarios, args.seconds, args.seed + 100))
+        found[name] |= {"command": command, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    found = {name: found[name] for name in LAYOUTS if name in found}
     rows = [row for one_layout in found.values() for row in one_layout["rows"]]
     reached = all(abs(error) <= BAR for row in rows for error in row["error"].values())
     report = {
         "what": __doc__.splitlines()[0].partition(": ")[2],
         "machine": machine(),
         "model": MODEL,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python -m bench.sim_validation", *(sys.argv[1:] if argv is None else argv)]),
         "bar": BAR,
         "reached": reached,
         "layouts": found,

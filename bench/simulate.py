@@ -243,6 +243,12 @@ def panel(
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
+class Report(msgspec.Struct):
+    """A file of `profile --out`, as far as it is of use here."""
+
+    profile: dict[str, Any] | None = None
+
+
 def costs_of(args: argparse.Namespace) -> tuple[Costs, Spec, HeatMap | None]:
     """Of a name in the table of stated figures, or a profile. Raises `UserError`."""
     if args.costs in STATED:
@@ -251,7 +257,9 @@ def costs_of(args: argparse.Namespace) -> tuple[Costs, Spec, HeatMap | None]:
     else:
         path = Path(args.costs)
         try:
-            profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+            data = path.read_bytes()
+            report = msgspec.json.decode(data, type=Report)  # what `profile --out` writes, or the stored file
+            profile = msgspec.convert(report.profile, Profile) if report.profile else msgspec.json.decode(data, type=Profile)
         except OSError as e:
             known = ", ".join(STATED)
             raise UserError(f"--costs {path}: {e.strerror}; use {known}, or a file of `deepserve.py profile`", "costs") from None
@@ -259,7 +267,8 @@ def costs_of(args: argparse.Namespace) -> tuple[Costs, Spec, HeatMap | None]:
             raise UserError(f"--costs {path}: it is no profile ({e}); make one with `deepserve.py profile`", "costs") from None
         if not profile.costs:
             raise UserError(f"--costs {path}: it has no costs yet; run `deepserve.py profile` for longer", "costs")
-        costs, spec, heat = profile.costs[0].costs, Spec(), HeatMap(profile.heat)
+        block = msgspec.json.decode(profile.key.settings)["block_size"]
+        costs, spec, heat = profile.costs[0].costs, Spec(block=block), HeatMap(profile.heat)
     given = {"seats": args.max_num_seqs, "kv_tokens": args.kv_tokens, "block": args.block_size}
     return costs, msgspec.structs.replace(spec, **{k: v for k, v in given.items() if v is not None}), heat
 

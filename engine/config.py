@@ -255,8 +255,8 @@ AUTO_HELP = {
     "prefill_tensor_parallel_size": "ranks of the prefill TEs of --pd (default: as --tensor-parallel-size)",
     "speculative_config": 'speculation by prompt lookup, as JSON: {"method": "ngram", "num_speculative_tokens": 8,'
     ' "prompt_lookup_min": 2, "prompt_lookup_max": 6} (default: off)',
-    "slo_ttft_ms": "promised time to first token, for 90 percent of requests; with --slo-tpot-ms it moves the shares of a"
-    " semi pair (default: both workers may use all cores)",
+    "slo_ttft_ms": "promised time to first token, for 90 percent of requests: placing, scaling and early refusal go by it; with"
+    " --slo-tpot-ms it moves the shares of a semi pair (default: none, and both workers may use all cores)",
     "slo_tpot_ms": "promised time between two tokens, for 90 percent of them",
     "seed": "seed of everything random (default: from the system)",
 }

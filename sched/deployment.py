@@ -248,6 +248,8 @@ class Deployment:
         now = await asyncio.to_thread(stamp, path)
         await asyncio.to_thread(native.load)  # compiles where it is missing
         plan, self.why = await asyncio.to_thread(make_plan, path, now, self.asked, self.box)
+        if self.je is not None:
+            await self.je.placing.knowledge.close(self.id)
         knowledge = await asyncio.to_thread(Knowledge.load, path, plan.config, self.box or capacity.machine())
         before, self.made, self.config, self.stamp, self.tokenizing = self.made, plan, plan.config, now, None
         if before is not None:
@@ -259,7 +261,6 @@ class Deployment:
                 self.je.placing.ahead = max(1, self.config.max_num_seqs // AHEAD)
         else:
             self.je.give_up(f"{self.id}: its files were replaced; ask again")
-            await self.je.placing.knowledge.close(self.id)
             self.je.follow(self.config, knowledge)
         self.resized()
 

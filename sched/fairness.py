@@ -162,10 +162,15 @@ class Line(Generic[T]):
         """Whether another key than this one's is about."""
         return any(other is not flow and now - other.seen < ABOUT for other in self.latest)
 
-    def share(self, flow: Flow[T], now: float) -> float:
-        """The part that a key may have of what there is, among those that are about."""
-        weight = flow.tenant.weight
-        return weight / (weight + sum(f.tenant.weight for f in self.flows.values() if f is not flow and now - f.seen < ABOUT))
+    def weight(self, now: float) -> float:
+        """Of all keys that are about."""
+        return sum(f.tenant.weight for f in self.flows.values() if now - f.seen < ABOUT)
+
+    def share(self, flow: Flow[T], now: float, weight: float | None = None) -> float:
+        """The part that a key may have of what there is, among those that are about. `weight`: theirs, where that is known."""
+        whole = self.weight(now) if weight is None else weight
+        own = flow.tenant.weight
+        return own / (whole if now - flow.seen < ABOUT else whole + own)
 
     def over_share(self, flow: Flow[T], mine: int, new: int, most: int, now: float) -> bool:
         """Whether a key that has `mine` sequences here or on TEs, and brings `new` ones, would have more than its share of the

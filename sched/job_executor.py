@@ -119,6 +119,8 @@ class JobExecutor:
         self.remember(record)
         count = len(submission.prompts) * params.n
         config, flow = self.config, self.held.flow(submission.tenant)
+        if not self.outstanding:
+            self.ended.clear()  # at which rate sequences end can't be told over a pause
         full = queue_is_full(self.outstanding, count, self.seats, config.max_num_seqs, config.max_num_queued_reqs)
         most = self.seats * config.max_num_seqs + config.max_num_queued_reqs
         if full and self.held.over_share(flow, count, most, self.clock()):
@@ -156,8 +158,8 @@ class JobExecutor:
         )
         rate, waiting = self.rate(), self.held.waiting(flow, self.seats * config.max_num_seqs, self.outstanding, now)
         oldest = max((now - entry.request.arrived for entry in self.held if entry.request.flow is flow), default=0.0)
-        wait = max(waiting / rate if rate else 0.0, oldest) + self.slo.usual_ttft.get(flow.tenant.name, 0.0)
-        return out_of_reach(targets, 1e3 * wait, 1e3 * self.slo.usual_tpot, self.outstanding, rate)
+        wait = max(waiting / rate if rate else 0.0, oldest) + self.slo.usual_ttft(flow.tenant.name, now)
+        return out_of_reach(targets, 1e3 * wait, 1e3 * self.slo.usual_tpot(now), self.outstanding, rate)
 
     def start_job(self, live: LiveRequest, index: int, prompt: array[int]) -> None:
         """One serving job with one unified task for one prompt."""
@@ -285,8 +287,11 @@ class JobExecutor:
         """Give the foremost task that a TE takes to that TE."""
         now = self.clock()
         kept: set[int] = set()  # TEs that make room for a task that is before
+        weight = self.held.line.weight(now)
         for entry in self.held.heads(now):
-            share = self.held.share(entry, now)
+            share = self.held.share(entry, now, weight)
+            if share is not None and not self.held.with_seats(self.tes.values()):
+                return False
             choice = self.placing.choose(entry, now, kept.union(self.held.closed(entry, share, self.tes.values())))
             if choice is not None:
                 entry.rank = self.held.rank(entry, share, self.tes[choice.decode])
@@ -604,7 +609,7 @@ class JobExecutor:
         self.metrics.tokens.generated += generated
         for last, count in gaps.items():
             self.metrics.tokens.observe(now - last, count)
-            self.slo.tokens(now - last, count)
+            self.slo.tokens(now - last, count, now)
         if self.pairs.controllers:
             self.pairs.step(te, gaps, now, self.waiting_for)
         for entry, deltas in brought.items():
@@ -652,7 +657,7 @@ class JobExecutor:
         if not entry.request.record.first_token:
             entry.request.record.first_token = time.time()
             self.metrics.first_token.observe(now - entry.request.arrived)
-            self.slo.first_token(now - entry.request.arrived, entry.request.flow.tenant.name)
+            self.slo.first_token(now - entry.request.arrived, entry.request.flow.tenant.name, now)
             if entry.te is not None:
                 self.pairs.first_token(entry.te, now - entry.request.arrived)
 
@@ -663,6 +668,7 @@ class JobExecutor:
             return
         entry.begun = True
         entry.task.cached_tokens = done.cached
+        self.held.computed(entry, entry.prompt_tokens - done.cached)
         usage = entry.request.stream.usage
         usage.cached_tokens += done.cached
         usage.dram_tokens += done.dram

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from engine import capacity, devices
 from engine.config import Config, most_processes
@@ -17,13 +20,14 @@ from engine.types import UserError
 from sched import length_store, profile_store
 from sched.costs import Costs
 from sched.heatmap import HeatMap
-from sched.predict import Lengths
+from sched.predict import Clues, Lengths
 from sched.profile_store import Found
 
 log = logging.getLogger(__name__)
 
 # New texts that are worth a file: those of a server that was tried out for a minute tell nothing.
 WORTH_KEEPING = 64
+TEXTS_A_TURN = 4  # of the event loop
 
 
 class Knowledge:
@@ -36,6 +40,8 @@ class Knowledge:
         self.found = found
         self.cores = cores
         self.heat = HeatMap() if found is None or found.foreign else HeatMap(found.profile.heat)
+        self.live_before = msgspec.json.encode(self.heat.data.live)
+        self.to_learn: deque[tuple[Clues, int, bool]] = deque()  # texts that are over
         self.errands: dict[str, asyncio.Task[None]] = {}
 
     @classmethod
@@ -71,6 +77,19 @@ class Knowledge:
         if self.lengths.due and self.fingerprint and "lengths" not in self.errands:
             self.begin("lengths", length_store.retrain(self.fingerprint, model, self.lengths))
 
+    def text_over(self, clues: Clues, length: int, ended: bool) -> None:
+        """A text is over, as Lengths.observe has it, which is told of it by and by: many may end with one step, and each takes a
+        tenth of a millisecond."""
+        if not self.to_learn:
+            asyncio.get_running_loop().call_soon(self.learn_some)
+        self.to_learn.append((clues, length, ended))
+
+    def learn_some(self, most: int = TEXTS_A_TURN) -> None:
+        for _ in range(min(most, len(self.to_learn))):
+            self.lengths.observe(*self.to_learn.popleft())
+        if self.to_learn:
+            asyncio.get_running_loop().call_soon(self.learn_some)
+
     def begin(self, name: str, errand: Coroutine[Any, Any, None]) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             del self.errands[name]
@@ -86,6 +105,7 @@ class Knowledge:
 
     async def close(self, model: str) -> None:
         """Leave what was learnt to the next start."""
+        self.learn_some(len(self.to_learn))
         errands = list(self.errands.values())
         for task in errands:
             task.cancel()
@@ -93,9 +113,16 @@ class Knowledge:
             await asyncio.wait(errands)
         if self.fingerprint and self.lengths.untrained >= WORTH_KEEPING:
             await length_store.keep(self.fingerprint, model, self.lengths)
-        if self.found is not None and not self.found.foreign and self.heat.data.live:
-            self.found.profile.heat = self.heat.data
+        if self.found is not None and not self.found.foreign and msgspec.json.encode(self.heat.data.live) != self.live_before:
             try:
-                await asyncio.to_thread(profile_store.save, self.found.profile, self.found.path)
+                await asyncio.to_thread(self.keep_live, self.found)
             except UserError as e:
                 log.warning("event=profile_unwritable why=%s", e)
+
+    def keep_live(self, found: Found) -> None:
+        """Write what requests have told of the heat map into the profile, which may have been measured anew meanwhile. Raises
+        `UserError`."""
+        profile = profile_store.read(found.path)
+        if profile is not None and profile.heat.prefill == self.heat.data.prefill and profile.heat.ratio == self.heat.data.ratio:
+            profile.heat.live = self.heat.data.live
+            profile_store.save(profile, found.path)

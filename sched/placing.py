@@ -7,7 +7,6 @@ a set's entry and a choice costs what has changed since the last one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import msgspec
 
@@ -21,7 +20,7 @@ from sched.handover import say
 from sched.heatmap import Kind, Traffic
 from sched.knowledge import Knowledge
 from sched.live import LiveSample, LiveTask
-from sched.policy import Ask, Choice, Length, Tree, choose, heir
+from sched.policy import Ask, Choice, Expected, Length, Tree, choose, heir
 from sched.policy import Kind as Way
 from sched.predict import Predicted, clues
 from sched.prompt_tree import PromptTree
@@ -37,15 +36,6 @@ BANDWIDTH = {True: 1e12, False: 2e10}
 TOKENS_A_STEP = {True: 200.0, False: 20.0}
 HANDOVER = 0.005  # seconds that a prompt's way to another TE takes beside its bytes': four messages between processes, and a step
 HEAT_KINDS: dict[Way, Kind] = {"colocated": "colocated", "pair": "disaggregated", "semi": "semi"}
-
-
-class Rest(NamedTuple):
-    """What is to come of an answer, of which there is a part."""
-
-    mean: float
-    low: float
-    high: float
-    confidence: float
 
 
 class Placing:
@@ -161,7 +151,7 @@ class Placing:
         """A text has ended: by itself, by its limit, or because its caller has left ("cancel")."""
         produced = len(sample.ids)
         if entry.clues is not None and (produced or reason == "stop"):
-            self.knowledge.lengths.observe(entry.clues, produced, reason == "stop")
+            self.knowledge.text_over(entry.clues, produced, reason == "stop")
         if reason == "cancel" or self.learner is None:
             return
         cached = entry.task.cached_tokens
@@ -211,27 +201,28 @@ class Placing:
         submission, config = entry.request.submission, self.config
         ttft, tpot = submission.slo_ttft_ms or config.slo_ttft_ms, submission.slo_tpot_ms or config.slo_tpot_ms
         had = max(len(sample.ids) for sample in entry.samples)
+        scored = entry.params.prompt_logprobs is not None  # then nothing of the prompt is taken from a cache
         return Ask(
             prompt_tokens=entry.prompt_tokens + had,
             answer=self.answer(entry, had),
-            keys=entry.keys,
+            keys=() if scored else entry.keys,
             ttft_slo=ttft / 1e3 - (now - entry.request.arrived) if ttft is not None and not had else None,
             tpot_slo=tpot / 1e3 if tpot is not None else None,
-            home=self.homes.get(submission.context, -1) if submission.context else -1,
+            home=self.homes.get(submission.context, -1) if submission.context and not scored else -1,
             home_tokens=submission.context_tokens,
-            together=entry.params.prompt_logprobs is not None,  # most of the work is the prompt, and no token need follow
+            together=scored,  # most of the work is the prompt, and no token need follow
         )
 
     def answer(self, entry: LiveTask, had: int) -> Length:
         """The answer's tokens that are to come. Predicted once there is a choice to make."""
         if entry.clues is None or len(self.tes) < 2:
-            return Rest(1.0, 1.0, 1.0, 1.0)
+            return Expected(1.0, 1.0, 1.0, 1.0)
         if entry.answer is None:
             entry.answer = self.knowledge.lengths.predict(entry.clues)
         told: Predicted = entry.answer
         if not had:
             return told
-        return Rest(max(told.mean - had, 1.0), max(told.low - had, 1.0), max(told.high - had, 1.0), told.confidence)
+        return Expected(max(told.mean - had, 1.0), max(told.low - had, 1.0), max(told.high - had, 1.0), told.confidence)
 
     def given(self, entry: LiveTask, choice: Choice) -> None:
         """A task goes where it was chosen to."""
@@ -240,7 +231,7 @@ class Placing:
             self.view.update(number, last=self.turns)
             self.touched.add(self.tes[number])
         if context := entry.request.submission.context:
-            self.homes[context] = choice.prefill
+            self.homes[context] = choice.decode if choice.kind == "semi" else choice.prefill  # whose pool it is in
 
     def heir(self, entry: LiveTask, leaving: TE, now: float) -> TE | None:
         """The TE that goes on with a sequence, which leaves another one. It counts there from now on."""

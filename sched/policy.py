@@ -66,6 +66,15 @@ class Length(Protocol):
     def confidence(self) -> float: ...
 
 
+class Expected(NamedTuple):
+    """A length that somebody knows."""
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+
 class Match(Protocol):
     """What there is of a prompt: sched.prompt_tree's. Integers of 64 bits, side by side."""
 

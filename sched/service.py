@@ -312,7 +312,7 @@ class AsyncLLM:
             raise Unavailable(f"{deployment.id} can't be served: {deployment.failure}", 30.0)
         check_fits(submission, served)
         assert deployment.je is not None
-        if deployment.has_choice and deployment.config.enable_prefix_caching:
+        if deployment.has_choice and deployment.config.enable_prefix_caching and submission.params.prompt_logprobs is None:
             await find_keys(submission, deployment.config)
         self.preloading.asked(deployment)
         live = deployment.je.admit(submission)

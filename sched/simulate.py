@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from sched.baselines import Chance, Pick, RoundRobin, least_loaded, prefix_only
 from sched.costs import Costs, Learner
 from sched.fairness import OUTPUT, Flow, Line, Room, beyond_share, takes
 from sched.heatmap import HeatMap, Kind, MapData
-from sched.policy import Ask, Choice, choose
+from sched.policy import Ask, Choice, Expected, choose
 from sched.predict import BUCKET
 from sched.prompt_tree import PromptTree
 from sched.simulate_te import TE, Job, Spec
@@ -103,21 +103,12 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     max_queued: int | None = None  # sequences beyond the TEs' seats; None: any number
 
 
-class Predicted(NamedTuple):
-    """As sched.predict gives it."""
-
-    mean: float
-    low: float
-    high: float
-    confidence: float
-
-
-def predicted(output: int, rng: Random) -> Predicted:
+def predicted(output: int, rng: Random) -> Expected:
     """Of an answer that will have so many tokens."""
     bucket = (output - 1) // BUCKET
     if rng.random() > PREDICTED_RIGHT:
         bucket += 1 if bucket == 0 or rng.random() < 0.5 else -1
-    return Predicted((bucket + 0.5) * BUCKET, bucket * BUCKET + 1, (bucket + 1) * BUCKET, PREDICTED_RIGHT)
+    return Expected((bucket + 0.5) * BUCKET, bucket * BUCKET + 1, (bucket + 1) * BUCKET, PREDICTED_RIGHT)
 
 
 # ---- the run ------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import msgspec
 
 from engine.config import Config, Role
 
-# The weight of the newest in what is usual: a change is followed within some ten requests, or steps.
-LATELY = 0.1
+# The weight of the newest in what is usual: a change is followed within some ten requests, or steps. What nobody has seen anew
+# for FADES seconds counts half: a bad moment is no reason to refuse for good.
+LATELY, FADES = 0.1, 10.0
 
 
 class Seen(msgspec.Struct):
@@ -19,6 +20,19 @@ class Seen(msgspec.Struct):
     tpot_total: int = 0
 
 
+class Usual(msgspec.Struct, frozen=True):
+    """What something took lately."""
+
+    seconds: float
+    at: float  # when it was seen last
+
+    def moved(self, seconds: float, now: float) -> Usual:
+        return Usual(self.seconds + LATELY * (seconds - self.seconds), now)
+
+    def faded(self, now: float) -> float:
+        return self.seconds * 0.5 ** ((now - self.at) / FADES)
+
+
 class Slo:
     """Counts from one `take` to the next. Without a promise nothing is missed."""
 
@@ -26,18 +40,25 @@ class Slo:
         self.ttft = None if config.slo_ttft_ms is None else config.slo_ttft_ms / 1e3
         self.tpot = None if config.slo_tpot_ms is None else config.slo_tpot_ms / 1e3
         self.seen = Seen()
-        self.usual_ttft: dict[str, float] = {}  # key -> seconds, lately
-        self.usual_tpot = 0.0
+        self.ttfts: dict[str, Usual] = {}  # by key
+        self.tpot_lately = Usual(0.0, 0.0)
 
-    def first_token(self, seconds: float, key: str) -> None:
-        usual = self.usual_ttft.get(key, seconds)
-        self.usual_ttft[key] = usual + LATELY * (seconds - usual)
+    def usual_ttft(self, key: str, now: float) -> float:
+        """Seconds to the first token of a key's requests, lately."""
+        return self.ttfts[key].faded(now) if key in self.ttfts else 0.0
+
+    def usual_tpot(self, now: float) -> float:
+        """Seconds between two tokens, lately."""
+        return self.tpot_lately.faded(now)
+
+    def first_token(self, seconds: float, key: str, now: float) -> None:
+        self.ttfts[key] = self.ttfts[key].moved(seconds, now) if key in self.ttfts else Usual(seconds, now)
         self.seen.ttft_total += 1
         self.seen.ttft_misses += self.ttft is not None and seconds > self.ttft
 
-    def tokens(self, gap: float, count: int) -> None:
+    def tokens(self, gap: float, count: int, now: float) -> None:
         """So many tokens came `gap` seconds after the one before."""
-        self.usual_tpot += LATELY * (gap - self.usual_tpot) if self.usual_tpot else gap
+        self.tpot_lately = self.tpot_lately.moved(gap, now) if self.tpot_lately.seconds else Usual(gap, now)
         self.seen.tpot_total += count
         if self.tpot is not None and gap > self.tpot:
             self.seen.tpot_misses += count

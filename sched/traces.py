@@ -203,6 +203,8 @@ def read(path: Path) -> list[Arrival]:
             found = azure(path, file) if path.suffix == ".csv" else lines(path, file)
     except OSError as e:
         raise UserError(f"--trace {path}: {e.strerror}", "trace") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"--trace {path}: it is no text in UTF-8 ({e.reason})", "trace") from None
     if not found:
         raise UserError(f"--trace {path}: no requests in it", "trace")
     found.sort(key=lambda a: a.at)
@@ -227,7 +229,7 @@ def lines(path: Path, file: Iterator[str]) -> list[Arrival]:
 
 def plain(row: dict[str, object]) -> Arrival:
     arrival = msgspec.convert(row, Arrival, strict=False)
-    if arrival.at < 0 or arrival.prompt < 1 or arrival.output < 1:
+    if not 0 <= arrival.at < math.inf or arrival.prompt < 1 or arrival.output < 1:
         raise ValueError('"at" must be 0 or more, "prompt" and "output" 1 or more')
     return arrival
 
@@ -237,6 +239,8 @@ MOONCAKE_BLOCK = 512  # tokens of each of its hash ids
 
 def mooncake(row: dict[str, object]) -> Arrival:
     ids = msgspec.convert(row["hash_ids"], list[int])
+    if min(ids, default=0) < 0:
+        raise ValueError('"hash_ids" must be 0 or more')
     return Arrival(
         at=msgspec.convert(row["timestamp"], float, strict=False) / 1e3,
         prompt=max(1, msgspec.convert(row["input_length"], int)),
@@ -267,8 +271,6 @@ def at_rate(arrivals: list[Arrival], rate: float) -> list[Arrival]:
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------
-
-KEY_BYTES = 16  # as engine/rtc/keys.py has them
 
 
 def keys_of(spans: Spans, tokens: int, block: int) -> list[bytes]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from engine.config import Config
 from sched.cluster import TE
-from sched.fairness import AGING, OUTPUT, Flow, Line, Room, beyond_share, takes
+from sched.fairness import AGING, INPUT, OUTPUT, Flow, Line, Room, beyond_share, takes
 from sched.live import LiveTask
 from sched.tenants import Tenant
 
@@ -73,10 +73,14 @@ class Turns:
         return bool(latest) and latest[0] is not flow and self.line.others(flow, now) and not self.line.others(latest[0], now)
 
     # ---- who may go where -------------------------------------------------------------------------------------------
-    def share(self, entry: LiveTask, now: float) -> float | None:
-        """The part of a TE that a task's key may have; None while no other key is about."""
+    def share(self, entry: LiveTask, now: float, weight: float) -> float | None:
+        """The part of a TE that a task's key may have; None while no other key is about. `weight`: of all keys that are."""
         flow = entry.request.flow
-        return self.line.share(flow, now) if self.line.others(flow, now) else None
+        return self.line.share(flow, now, weight) if self.line.others(flow, now) else None
+
+    def with_seats(self, tes: Iterable[TE]) -> list[TE]:
+        """TEs that could begin something: while several keys are about, no other one is given anything."""
+        return [te for te in tes if te.sequences < self.config.max_num_seqs or not te.sequences]
 
     def closed(self, entry: LiveTask, share: float | None, tes: Iterable[TE]) -> list[int]:
         """TEs that are not to be given a task now, because its key has enough there."""
@@ -121,6 +125,11 @@ class Turns:
     # ---- what keys have ---------------------------------------------------------------------------------------------
     def generated(self, entry: LiveTask, tokens: int) -> None:
         entry.request.flow.charge(OUTPUT * tokens)
+
+    def computed(self, entry: LiveTask, tokens: int) -> None:
+        """A TE had to compute so many tokens of a task's prompt, perhaps others than were thought when it was sent there."""
+        if entry.task.attempts == 1:
+            entry.request.flow.charge(INPUT * (tokens - entry.charge))
 
     def count(self, te: TE, entry: LiveTask, sequences: int = 0, tokens: int = 0) -> None:
         """A task has so many sequences, and tokens of prompts, more on a TE."""

@@ -10,6 +10,7 @@ import asyncio
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -271,7 +272,7 @@ class World:
         patch.setattr("sched.cluster.ladder.fork_te", self.fork_te)
         patch.setattr("sched.cluster.BACKOFF", (0.0, 0.002))
         patch.setattr("sched.cluster.STOP_GRACE", 0.02)
-        patch.setattr("sched.deployment.native.load", lambda: None)
+        patch.setattr("sched.deployment.native", SimpleNamespace(load=lambda: None))
         patch.setattr("sched.deployment.pull.resolve", self.resolve)
         patch.setattr("sched.deployment.make_plan", self.make_plan)
         patch.setattr("sched.deployment.stamp", lambda path: self.files.get(str(path), ""))

@@ -223,7 +223,18 @@ def test_what_cant_be_written_is_told(model, caplog, home):
     for name in ("profiles", "lengths"):
         (home / name).write_text("in the way")
     asyncio.run(known.close("m"))
-    assert "event=lengths_unwritable" in caplog.text and "event=profile_unwritable" in caplog.text
+    assert "event=lengths_unwritable" in caplog.text
+    assert "event=profile_unreadable" in caplog.text, "what is there is not written over unread"
+
+
+def test_a_profile_that_was_measured_anew_meanwhile_gets_the_live_part_alone(model):
+    path = profiled(model)
+    known = Knowledge.load(model, CONFIG, BOX)
+    known.heat.observe("disaggregated", 512, 64, 1.0, 0.5, 0.5)
+    profiled(model, made=7.0)
+    asyncio.run(known.close("m"))
+    found = profile_store.read(path)
+    assert found is not None and found.made == 7.0 and len(found.heat.live) == 1
 
 
 # ---- errands ------------------------------------------------------------------------------------------------------------

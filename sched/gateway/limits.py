@@ -21,11 +21,12 @@ from multidict import CIMultiDictProxy
 from sched.admission import Bucket, Quota, Refusal
 from sched.gateway.errors import Problem
 from sched.gateway.keys import SERVICE
-from sched.stream import Expired, Overloaded, Stream, Submission
+from sched.stream import Expired, Overloaded, Stream, Submission, Unavailable
 from sched.tenants import ANYONE, Key, Tenant
 
 LONGEST = 86400.0  # seconds of a request: nobody waits for more than a day
 TIMEOUT, TTFT, TPOT, ACTION = "X-Request-Timeout", "X-SLO-TTFT-MS", "X-SLO-TPOT-MS", "X-SLO-Action"
+MOST_REASONS = 8  # of a request's prompts: headers are to stay short; GET /v1/jobs/{id} has all of them
 EXPLAIN, PLACEMENT = "X-Explain", "X-Placement"
 
 
@@ -116,7 +117,8 @@ def placement(request: web.Request, submission: Submission) -> dict[str, str]:
         return {}
     job = request.app[SERVICE].job(submission.id) or {"jobs": []}
     reasons = [task["reason"] for one in job["jobs"] for task in one["tasks"][:1]]  # both tasks of a pair have the same one
-    return {PLACEMENT: " | ".join(reason or "held: no TE takes it yet" for reason in reasons)}
+    said = [reason or "held: no TE takes it yet" for reason in reasons[:MOST_REASONS]]
+    return {PLACEMENT: " | ".join(said) + (f" | and {more} more" if (more := len(reasons) - MOST_REASONS) > 0 else "")}
 
 
 def expired(terms: Terms, tokens: int = 0) -> Expired:
@@ -150,7 +152,7 @@ async def submitted(request: web.Request, submission: Submission) -> AsyncIterat
             with ends_in_time(stream, asked):
                 yield stream
     finally:
-        if stream is None:
+        if stream is None or (isinstance(stream.error, Unavailable) and not stream.generated):  # it never ran
             quota.undo(claim, clock())
         else:
             quota.settle(claim, stream.generated, choices, clock())
