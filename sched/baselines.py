@@ -5,7 +5,6 @@ All of them go by units: a colocated TE, or a prefill TE with whichever decode T
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -17,8 +16,6 @@ UNITS: tuple[Way, ...] = ("colocated", "prefill", "semi")
 # A queued prompt token weighs as much as this part of a sequence: some hundred prompt tokens take about as long as the steps
 # between two arrivals.
 TOKENS_A_SEQUENCE = 256
-
-Pick = Callable[[Ask, View, Tree], Choice | None]
 
 
 def units(view: View) -> Slots:

@@ -13,14 +13,13 @@ import msgspec
 from engine import devices
 from engine.config import Config
 from engine.types import BlockNews, Load, Recount
-from sched.baselines import Pick
 from sched.cluster import TE
 from sched.costs import Costs, Learner, Paces, Step, rough
 from sched.handover import say
 from sched.heatmap import Kind, Traffic
 from sched.knowledge import Knowledge
 from sched.live import LiveSample, LiveTask
-from sched.policy import Ask, Choice, Expected, Length, Tree, choose, heir
+from sched.policy import Ask, Choice, Expected, Length, Pick, Tree, choose, heir
 from sched.policy import Kind as Way
 from sched.predict import Predicted, clues
 from sched.prompt_tree import PromptTree

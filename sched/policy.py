@@ -15,7 +15,7 @@ What the paper's order can't do, `cost` does: it leaves a type of TE that is ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, addressof, byref, c_double, c_int64, c_void_p
 from math import inf
 from typing import Final, Literal, NamedTuple, Protocol
@@ -119,6 +119,9 @@ class Choice(msgspec.Struct, frozen=True):
     predicted_ttft_ms: float = 0.0
     predicted_tpot_ms: float = 0.0
     cached_tokens: int = 0  # of the prompt: need not be computed
+
+
+Pick = Callable[[Ask, View, Tree], Choice | None]  # whatever chooses
 
 
 class Place(NamedTuple):

@@ -27,11 +27,11 @@ from engine.config import Role
 from engine.types import UserError
 from scale.autoscale import Bounds, Memory, Resident, Signals, decide, leaving
 from sched.admission import Claim, Quota, Refusal, queue_is_full
-from sched.baselines import Chance, Pick, RoundRobin, least_loaded, prefix_only
+from sched.baselines import Chance, RoundRobin, least_loaded, prefix_only
 from sched.costs import Costs, Learner
 from sched.fairness import OUTPUT, Flow, Line, Room, beyond_share, takes
 from sched.heatmap import HeatMap, Kind, MapData
-from sched.policy import Ask, Choice, Expected, choose
+from sched.policy import Ask, Choice, Expected, Pick, choose
 from sched.predict import BUCKET
 from sched.prompt_tree import PromptTree
 from sched.simulate_te import TE, Job, Spec
