@@ -227,7 +227,9 @@ async def serve(args: argparse.Namespace) -> None:
     watch = Stopwatch() if args.stages else None
     if watch is not None:
         watch.install()
-    config = Config(model=args.model, max_model_len=CONTEXT, block_size=BLOCK, max_num_seqs=MOST_STREAMS, seed=1)
+    config = Config(
+        model=args.model, max_model_len=CONTEXT, block_size=BLOCK, max_num_batched_tokens=256, max_num_seqs=MOST_STREAMS, seed=1
+    )
     engine = OneTE(config=config)
     command = [sys.executable, "-m", "bench.control", "te", "--model", args.model, "--period", str(args.period), "--rings"]
     te = await engine.bring_up(command)

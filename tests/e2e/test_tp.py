@@ -82,7 +82,7 @@ def test_a_killed_rank_takes_the_te_with_it_and_its_requests_are_replayed(model,
         texts: list[dict] = []
         asking = threading.Thread(target=lambda: texts.extend(all_of(server, 400)))
         asking.start()
-        wait_until("streams run", lambda: server.tes()[0]["load"]["running"] >= STREAMS)
+        wait_until("streams run", lambda: server.tes()[0]["load"]["running"])
         os.kill(before["deepserve-te0" if victim == "master" else "deepserve-te0.1"], signal.SIGKILL)
         asking.join()
         assert texts == expected
