@@ -155,6 +155,7 @@ OUTLIER = 3.0
 # Weight of a new request's lengths, and of a TE's newest step, in their moving means.
 LENGTH_WEIGHT, SLOW_WEIGHT = 0.02, 0.1
 SLOWEST = 8.0  # a TE's steps take at most so many times what the costs say, and at least one part in so many
+ALIKE = 1.5  # TEs whose paces differ from the mean by less than this factor are equally quick: steps vary by as much
 PACE_MEMORY = 10.0  # seconds without a step after which a TE is taken for as quick as the others
 
 
@@ -228,4 +229,5 @@ class Paces:
         for te in [te for te, at in self.heard.items() if now - at > PACE_MEMORY]:
             self.forget(te)
         mean = sum(self.paces.values()) / max(len(self.paces), 1)
-        return {te: pace / mean for te, pace in self.paces.items()}
+        found = {te: pace / mean for te, pace in self.paces.items()}
+        return {te: 1.0 if 1 / ALIKE < slow < ALIKE else slow for te, slow in found.items()}

@@ -152,7 +152,7 @@ def test_a_job_has_two_tasks_on_a_pair(model):
 
 def test_roles_change_under_load_and_running_texts_move(model):
     async def run() -> None:
-        async with AsyncLLM(model, **{**SMALL, "max_model_len": 1024}, te=2) as llm:
+        async with AsyncLLM(model, **{**SMALL, "max_model_len": 1024, "max_num_seqs": 6}, te=2) as llm:
             long = {"max_tokens": 1000, "temperature": 0.7}  # must be running yet when they are told to move
             wanted = [await one(llm, f"text {i}", seed=i, **long) for i in range(6)]
             async with asyncio.TaskGroup() as group:
@@ -160,18 +160,19 @@ def test_roles_change_under_load_and_running_texts_move(model):
                 # Who has no token yet doesn't move.
                 live = llm.deployments[0].listener.live
                 await until(lambda: sum(len(e.samples[0].ids) > 0 for e in live.values()) == 6)
-                answer = llm.give_role(0, "prefill")
+                busy = max(llm.cluster.table, key=lambda number: llm.cluster.table[number].sequences)
+                answer = llm.give_role(busy, "prefill")
                 with pytest.raises(UserError, match="no task could run"):
-                    llm.give_role(1, "prefill")
-                await until(lambda: not llm.cluster.describe()[0]["load"]["running"])
-                llm.give_role(1, "decode")
+                    llm.give_role(1 - busy, "prefill")
+                await until(lambda: not llm.cluster.describe()[busy]["load"]["running"])
+                llm.give_role(1 - busy, "decode")
                 more = [group.create_task(one(llm, f"text {i}", seed=i, **long)) for i in range(6)]
             assert [t.result() for t in running] == wanted == [t.result() for t in more]
             assert answer["moving"] >= 1 and counted(llm, "task_moves") >= 1
-            first, second = llm.cluster.describe()
-            assert (first["role"], second["role"]) == ("prefill", "decode")
+            roles = [te["role"] for te in llm.cluster.describe()]
+            assert (roles[busy], roles[1 - busy]) == ("prefill", "decode")
             await let_go(llm)
-            for number, role, why in ((0, "decode", "no task could run"), (7, "decode", "no TE 7"), (0, "semi", "semi pair")):
+            for number, role, why in ((busy, "decode", "no task could run"), (7, "decode", "no TE 7"), (0, "semi", "semi pair")):
                 with pytest.raises(UserError, match=why):
                     llm.give_role(number, role)  # type: ignore[arg-type]
 
